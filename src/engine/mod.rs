@@ -1,0 +1,1 @@
+//! Pure decisions: sessions, slots, balancing. No clock, no randomness, no I/O.

@@ -1,0 +1,6 @@
+//! dindpool: a pool of Docker-in-Docker daemons that looks like one reliable Docker daemon of any size.
+
+pub mod engine;
+pub mod error;
+pub mod provision;
+pub mod proxy;

@@ -1,0 +1,3 @@
+//! The `dindpool` command.
+
+fn main() {}

@@ -1,0 +1,111 @@
+//! Where daemons come from. A provisioner says which daemons exist; it never says whether they are well.
+//!
+//! The contract is level-triggered: each [`Observation`] is the whole pool as the provisioner knows it, so a
+//! missed message heals with the next one, and a provisioner that cannot see (DNS down, API server down)
+//! simply says nothing and the last known pool goes on serving.
+
+pub mod fixed;
+pub mod process;
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::{fmt, io};
+
+use serde::{Deserialize, Serialize};
+use tokio::net::{TcpStream, UnixStream};
+use tokio::sync::mpsc;
+
+/// Where a daemon listens.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Endpoint {
+    /// Plain TCP.
+    Tcp(SocketAddr),
+    /// A Unix socket on this machine.
+    Unix(PathBuf),
+}
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Endpoint::Tcp(addr) => write!(f, "tcp://{addr}"),
+            Endpoint::Unix(path) => write!(f, "unix://{}", path.display()),
+        }
+    }
+}
+
+/// One daemon as its provisioner knows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DaemonSpec {
+    /// Stable name of this daemon, unique in the pool, short enough for a table and a metric label
+    /// (`dind-0`, a pod's name, `10.0.0.3:2375`).
+    pub id: String,
+    /// Where it listens.
+    pub endpoint: Endpoint,
+    /// Addresses that connections from containers of this daemon come from, when known: such a client is
+    /// bound to its own daemon, admitted without a slot (otherwise it would wait for its own parent).
+    pub source_ips: Vec<IpAddr>,
+    /// Whether the provisioner wants no new sessions there (a pod that is being deleted).
+    pub draining: bool,
+    /// Why it is not there yet, in words for the status table (`starting dockerd`, `ImagePullBackOff`).
+    pub pending: Option<String>,
+}
+
+/// The whole pool as the provisioner knows it.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Observation {
+    /// Every daemon that exists or is being made.
+    pub daemons: Vec<DaemonSpec>,
+    /// Faults to tell the operator about, each a sentence (`cannot resolve dind.ci: …`).
+    pub problems: Vec<String>,
+}
+
+/// A running provisioner: observations come out of it until it is dropped or stopped.
+pub struct Running {
+    /// The latest observations, in order.
+    pub observations: mpsc::Receiver<Observation>,
+    /// Completes when everything that the provisioner started has been stopped. Send on `stop` first.
+    pub stopped: tokio::task::JoinHandle<()>,
+    /// Asks the provisioner to stop.
+    pub stop: tokio::sync::oneshot::Sender<()>,
+}
+
+/// An open connection to a daemon.
+#[derive(Debug)]
+pub enum Stream {
+    /// Over TCP.
+    Tcp(TcpStream),
+    /// Over a Unix socket.
+    Unix(UnixStream),
+}
+
+impl Endpoint {
+    /// Opens a connection. The caller sets the deadline.
+    ///
+    /// # Errors
+    /// What connect(2) says; `ConnectionRefused` and `NotFound` mean that no byte reached a daemon.
+    pub async fn connect(&self) -> io::Result<Stream> {
+        match self {
+            Endpoint::Tcp(addr) => {
+                let stream = TcpStream::connect(addr).await?;
+                stream.set_nodelay(true)?;
+                keepalive(&stream)?;
+                Ok(Stream::Tcp(stream))
+            }
+            Endpoint::Unix(path) => Ok(Stream::Unix(UnixStream::connect(path).await?)),
+        }
+    }
+}
+
+/// Turns on TCP keepalive, so that a peer whose machine vanished is noticed within 30 s. Never
+/// TCP_USER_TIMEOUT: that also kills a live peer whose window is closed (`docker logs -f | less`, measured).
+///
+/// # Errors
+/// What setsockopt(2) says.
+pub fn keepalive(stream: &TcpStream) -> io::Result<()> {
+    use std::time::Duration;
+    let probes = socket2::TcpKeepalive::new()
+        .with_time(Duration::from_secs(15))
+        .with_interval(Duration::from_secs(5))
+        .with_retries(3);
+    socket2::SockRef::from(stream).set_tcp_keepalive(&probes)
+}
