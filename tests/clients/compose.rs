@@ -1,0 +1,82 @@
+//! compose: several images, containers, a network and a volume that belong together.
+
+use super::Lab;
+use super::common::client;
+use super::common::scenarios::Scenarios;
+use super::common::{secs, unique};
+
+const PROJECT: &str = r#"
+services:
+  web:
+    build: { context: ctx, network: none, args: { MARK: web } }
+    command: sh -c 'mkdir -p /www && cp /mark /www/index.html && exec httpd -f -p 80 -h /www'
+    volumes: [ "data:/data" ]
+    healthcheck: { test: [ "CMD", "wget", "-qO-", "http://127.0.0.1/" ], interval: 1s, retries: 30 }
+  job:
+    build: { context: ctx, network: none, args: { MARK: job } }
+    command: sh -c 'wget -qO- http://web/ | tee /data/seen; echo finished'
+    volumes: [ "data:/data" ]
+    depends_on: { web: { condition: service_healthy } }
+volumes: { data: {} }
+"#;
+
+/// Adds the scenarios.
+pub fn add<'a>(all: &mut Scenarios<'a>, lab: &'a Lab) {
+    all.add("compose: build, up -d, run, exec, logs, ps and down share one daemon", || whole_life(lab));
+    all.add("compose: up in the foreground ends with its job's exit code", || foreground(lab));
+    all.add("compose: one project name in two terminals is two projects", || one_name_twice(lab));
+}
+
+fn project(lab: &Lab) -> (client::Session, String) {
+    let t = lab.terminal(client::BUILDX_29);
+    t.context("ctx", super::build::APP);
+    t.write("compose.yaml", PROJECT);
+    let name = format!("p{}", unique());
+    t.write(".env", format!("COMPOSE_PROJECT_NAME={name}\n"));
+    (t, name)
+}
+
+fn whole_life(lab: &Lab) {
+    let (t, name) = project(lab);
+    t.ok("docker compose build");
+    t.ok("docker compose up -d --wait web");
+    let daemons = lab.pool.daemons();
+    let holders = super::common::daemon::where_is(&daemons, |d| d.has_container(&format!("{name}-web-1")));
+    assert_eq!(holders.len(), 1, "one daemon has the service");
+    assert!(t.ok("docker compose run --rm job").starts_with("web\n"), "the service is reached by name");
+    assert_eq!(t.ok("docker compose exec -T web cat /data/seen"), "web\n");
+    assert_eq!(t.ok("docker compose ps --services --status running"), "web\n");
+    t.ok("docker compose up -d");
+    t.ok("docker compose wait job");
+    assert!(t.ok("docker compose logs --no-log-prefix job").contains("finished\n"));
+    t.ok("docker compose down -v --rmi local");
+    for daemon in &daemons {
+        assert!(!daemon.has_container(&format!("{name}-web-1")), "{}: a container stayed", daemon.id);
+        assert!(!daemon.has_volume(&format!("{name}_data")), "{}: a volume stayed", daemon.id);
+        assert!(!daemon.has_network(&format!("{name}_default")), "{}: a network stayed", daemon.id);
+    }
+}
+
+fn foreground(lab: &Lab) {
+    let (t, _) = project(lab);
+    let up = t.start("docker compose up --build --exit-code-from job");
+    let out = up.wait(secs(120));
+    assert_eq!(out.code, 0, "{}", out.all());
+    assert!(out.stdout.contains("finished"), "{}", out.all());
+    t.ok("docker compose down -v");
+}
+
+fn one_name_twice(lab: &Lab) {
+    let name = format!("p{}", unique());
+    let terminals: Vec<_> = (0..2).map(|_| project(lab).0).collect();
+    for (n, t) in terminals.iter().enumerate() {
+        t.write(".env", format!("COMPOSE_PROJECT_NAME={name}\n"));
+        t.ok(&format!("sed -i s/web}}/web{n}}}/ compose.yaml && grep -q web{n} compose.yaml || sed -i 's/MARK: web/MARK: web{n}/' compose.yaml"));
+    }
+    let ups: Vec<_> = terminals.iter().map(|t| t.start("docker compose up -d --build --wait web")).collect();
+    ups.iter().for_each(|up| drop(up.wait_ok(secs(120))));
+    for (n, t) in terminals.iter().enumerate() {
+        assert_eq!(t.ok("docker compose exec -T web cat /www/index.html"), format!("web{n}\n"));
+    }
+    terminals.iter().for_each(|t| drop(t.ok("docker compose down -v")));
+}
