@@ -96,10 +96,10 @@ fn long_build_args(lab: &Lab, flavour: Flavour) {
     let (t, mark) = (lab.terminal(flavour), unique());
     let names: Vec<String> = (0..100).map(|i| format!("A{i}")).collect();
     let all = names.iter().map(|n| format!("${n}")).collect::<String>();
-    let args = names.iter().map(|n| format!("ARG {n}\n")).collect::<String>();
+    let args = names.join(" ");
     t.context(
         "ctx",
-        &format!("FROM scratch\nADD rootfs.tar /\n{args}RUN echo -n \"{all}\" | md5sum >/sum\n"),
+        &format!("FROM scratch\nADD rootfs.tar /\nARG {args}\nRUN echo -n \"{all}\" | md5sum >/sum\n"),
     );
     let script = format!(
         "args=(); all=; for i in $(seq 0 99); do v=$(printf '%01024d' $i); all+=$v; \

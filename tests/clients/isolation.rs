@@ -1,16 +1,17 @@
 //! What two terminals see of each other. These run alone: with an idle pool it is certain that a second session
 //! is given another daemon than the first.
 
-use super::Lab;
 use super::common::client;
 use super::common::daemon::where_is;
 use super::common::scenarios::Scenarios;
 use super::common::{secs, unique};
+use super::{Lab, compose};
 
 /// Runs the scenarios one by one.
 pub fn run(title: &str, lab: &Lab) {
     let mut all = Scenarios::new(title);
     all.add("the same container name in two terminals is two containers", || same_name(lab));
+    all.add("one compose project name in two terminals is two projects", || compose::one_name_twice(lab));
     all.add("a second terminal reaches a container of the first by name and by id", || two_terminals(lab));
     all.add("DINDPOOL_SESSION makes one session of two terminals", || explicit(lab));
     all.run(1);

@@ -19,7 +19,7 @@ pub struct Registry {
 }
 
 impl Registry {
-    /// Starts it. Its address sits on a dummy interface: there may be no network on this machine but loopback,
+    /// Starts it. Its address sits on an empty bridge: there may be no network on this machine but loopback,
     /// which daemons in other namespaces do not share.
     pub fn start() -> Registry {
         let dir = short_dir();
@@ -27,7 +27,7 @@ impl Registry {
         let link = format!("dpr{}", unique().replace('x', "-"));
         let link = link[link.len().saturating_sub(15)..].trim_start_matches('-').to_owned();
         let ip = format!("10.{}.{}.1", 213 + (pid >> 8) % 3, pid % 256);
-        ip_command(&["link", "add", &link, "type", "dummy"]);
+        ip_command(&["link", "add", &link, "type", "bridge"]);
         ip_command(&["addr", "add", &format!("{ip}/32"), "dev", &link]);
         ip_command(&["link", "set", &link, "up"]);
         let port = free_port(&ip);
