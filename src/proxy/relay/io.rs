@@ -1,0 +1,370 @@
+//! One socket of an exchange, with what has been read from it and not yet consumed, and what has been accepted
+//! for it and not yet written.
+//!
+//! No buffer belongs to a connection: bytes are read into a scratch buffer of the thread, inside one poll, and
+//! written to the other side from there. Only a remainder (of a write that the kernel took half of, of a head
+//! that is not complete) is kept in a `Vec`, which is dropped as soon as it is drained. So an idle stream
+//! costs its task and two sockets.
+
+use std::cell::Cell;
+use std::future::poll_fn;
+use std::io::{self, IoSlice};
+use std::os::fd::{AsRawFd, RawFd};
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use super::head::{RequestHead, Scanner};
+use crate::error::Error;
+use crate::provision::Stream;
+
+/// The scratch buffer of each runtime thread.
+const SCRATCH: usize = 128 * 1024;
+
+thread_local! {
+    static BUFFER: Cell<Option<Box<[u8]>>> = const { Cell::new(None) };
+}
+
+/// Lends the thread's scratch buffer. It is taken out, so that a nested use would only allocate another.
+fn with_scratch<R>(f: impl FnOnce(&mut [u8]) -> R) -> R {
+    let mut buffer = BUFFER.take().unwrap_or_else(|| vec![0; SCRATCH].into_boxed_slice());
+    let result = f(&mut buffer);
+    BUFFER.set(Some(buffer));
+    result
+}
+
+/// Why there is no head.
+#[derive(Debug, thiserror::Error)]
+pub enum HeadError {
+    /// The connection broke, or ended within a head (`UnexpectedEof`).
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    /// What came is not a head that is taken; the client should be told so.
+    #[error(transparent)]
+    Bad(#[from] Error),
+}
+
+/// What can be seen of a peer without reading.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Peer {
+    /// Nothing has happened.
+    Open,
+    /// It has sent FIN: it will send no more.
+    Finished,
+    /// It is gone altogether.
+    Reset,
+}
+
+/// One connection of either kind.
+#[derive(Debug)]
+pub struct Side {
+    /// None after [`Side::abort`].
+    stream: Option<Stream>,
+    input: Vec<u8>,
+    consumed: usize,
+    output: Vec<u8>,
+    written: usize,
+    scanner: Scanner,
+    eof: bool,
+    fin_sent: bool,
+}
+
+impl Side {
+    /// Takes a connected socket. TCP_NODELAY and keepalive are up to whoever opened it.
+    pub fn new(stream: Stream) -> Self {
+        Side {
+            stream: Some(stream),
+            input: Vec::new(),
+            consumed: 0,
+            output: Vec::new(),
+            written: 0,
+            scanner: Scanner::default(),
+            eof: false,
+            fin_sent: false,
+        }
+    }
+
+    /// Gives the socket back, and what had been read from it, for another protocol (TLS) to take over.
+    pub fn into_parts(mut self) -> (Option<Stream>, Vec<u8>) {
+        let unread = self.buffered().to_vec();
+        (self.stream.take(), unread)
+    }
+
+    /// What has been read and not consumed.
+    pub fn buffered(&self) -> &[u8] {
+        &self.input[self.consumed..]
+    }
+
+    /// Drops the first `n` buffered bytes (a PROXY header, a preface).
+    pub fn consume(&mut self, n: usize) {
+        self.consumed += n;
+        if self.consumed >= self.input.len() {
+            (self.input, self.consumed) = (Vec::new(), 0);
+        }
+    }
+
+    /// Puts bytes in front of what is read next.
+    pub fn unread(&mut self, bytes: &[u8]) {
+        let mut input = bytes.to_vec();
+        input.extend_from_slice(self.buffered());
+        (self.input, self.consumed) = (input, 0);
+    }
+
+    /// Whether the peer's FIN has been read.
+    pub fn is_eof(&self) -> bool {
+        self.eof
+    }
+
+    /// Whether [`Side::shutdown_write`] has been done.
+    pub fn is_shut(&self) -> bool {
+        self.fin_sent
+    }
+
+    /// Whether [`Side::abort`] has been done.
+    pub fn is_aborted(&self) -> bool {
+        self.stream.is_none()
+    }
+
+    /// Reads once and appends to what is buffered; 0 is the end. Cancel-safe.
+    ///
+    /// # Errors
+    /// What the socket says.
+    pub async fn fill(&mut self) -> io::Result<usize> {
+        poll_fn(|cx| self.poll_fill(cx)).await
+    }
+
+    /// Waits for at least `n` bytes, or the end, and shows what is buffered without consuming it. Cancel-safe.
+    ///
+    /// # Errors
+    /// What the socket says.
+    pub async fn peek(&mut self, n: usize) -> io::Result<&[u8]> {
+        while self.buffered().len() < n && self.fill().await? > 0 {}
+        Ok(self.buffered())
+    }
+
+    /// Waits for the next request head and consumes it; None if the client has closed instead. What follows
+    /// it stays buffered. Cancel-safe: the caller sets the deadline.
+    ///
+    /// # Errors
+    /// [`HeadError`]
+    pub async fn read_head(&mut self) -> Result<Option<RequestHead>, HeadError> {
+        poll_fn(|cx| self.poll_head(cx)).await
+    }
+
+    fn poll_head(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<RequestHead>, HeadError>> {
+        let mut scanner = std::mem::take(&mut self.scanner);
+        loop {
+            // What is buffered may be pipelined: only bytes beyond the scanner's reach must be waited for.
+            let more = self.buffered().len() <= scanner.reach();
+            let step = self.poll_input(cx, more, |bytes| match scanner.scan(bytes) {
+                Ok(Some((start, end))) => (end, Some(RequestHead::parse(bytes[start..end].to_vec()))),
+                Ok(None) => (0, None),
+                Err(error) => (0, Some(Err(error))),
+            });
+            match step {
+                Poll::Ready(Ok(Some(Some(result)))) => return Poll::Ready(Ok(Some(result?))),
+                Poll::Ready(Ok(Some(None))) => {}
+                Poll::Ready(Ok(None)) if self.buffered().iter().all(|b| b"\r\n".contains(b)) => {
+                    return Poll::Ready(Ok(None));
+                }
+                Poll::Ready(Ok(None)) => {
+                    return Poll::Ready(Err(HeadError::Io(io::ErrorKind::UnexpectedEof.into())));
+                }
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(HeadError::Io(error))),
+                Poll::Pending => {
+                    self.scanner = scanner;
+                    return Poll::Pending;
+                }
+            }
+        }
+    }
+
+    /// Writes all of it.
+    ///
+    /// # Errors
+    /// What the socket says.
+    pub async fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        poll_fn(|cx| self.poll_flush(cx)).await?;
+        poll_fn(|cx| Poll::Ready(self.send(cx, &[IoSlice::new(bytes)]))).await?;
+        poll_fn(|cx| self.poll_flush(cx)).await
+    }
+
+    /// Writes what is pending, then FIN; the other direction stays open.
+    ///
+    /// # Errors
+    /// What the socket says.
+    pub async fn shutdown_write(&mut self) -> io::Result<()> {
+        poll_fn(|cx| self.poll_shutdown(cx)).await
+    }
+
+    /// Closes at once: the peer sees RST on TCP, a plain close on a Unix socket.
+    pub fn abort(&mut self) {
+        if let Some(Stream::Tcp(stream)) = &self.stream {
+            // Best effort: a socket that refuses the option is closed all the same.
+            let _ = socket2::SockRef::from(stream).set_linger(Some(std::time::Duration::ZERO));
+        }
+        self.stream = None;
+        (self.input, self.consumed) = (Vec::new(), 0);
+        (self.output, self.written) = (Vec::new(), 0);
+    }
+
+    /// Whether a kept connection cannot take another request: the peer has closed it, or sent bytes that
+    /// nobody asked for. One system call, no waiting.
+    pub fn is_dead(&self) -> bool {
+        let Some(fd) = self.fd() else { return true };
+        if self.eof || self.fin_sent || !self.buffered().is_empty() || self.has_output() {
+            return true;
+        }
+        let mut byte = 0_u8;
+        // SAFETY: `fd` is open as long as `self.stream` is, and `byte` is the one byte that recv may write.
+        let n = unsafe { libc::recv(fd, (&raw mut byte).cast(), 1, libc::MSG_PEEK | libc::MSG_DONTWAIT) };
+        n >= 0 || io::Error::last_os_error().kind() != io::ErrorKind::WouldBlock
+    }
+
+    /// What the kernel knows of the peer, although unread bytes may be in between. One system call.
+    pub fn peer(&self) -> Peer {
+        let Some(fd) = self.fd() else { return Peer::Reset };
+        let mut poll = libc::pollfd { fd, events: libc::POLLRDHUP, revents: 0 };
+        // SAFETY: one valid pollfd, and a zero timeout.
+        unsafe { libc::poll(&raw mut poll, 1, 0) };
+        match poll.revents {
+            // Once we have sent FIN ourselves, the peer's FIN looks like this too.
+            r if r & libc::POLLHUP != 0 && r & libc::POLLERR == 0 && self.fin_sent => Peer::Finished,
+            r if r & (libc::POLLERR | libc::POLLHUP | libc::POLLNVAL) != 0 => Peer::Reset,
+            r if r & libc::POLLRDHUP != 0 => Peer::Finished,
+            _ => Peer::Open,
+        }
+    }
+
+    fn fd(&self) -> Option<RawFd> {
+        Some(match self.stream.as_ref()? {
+            Stream::Tcp(stream) => stream.as_raw_fd(),
+            Stream::Unix(stream) => stream.as_raw_fd(),
+        })
+    }
+
+    /// Whether accepted bytes are waiting for the peer to read.
+    pub(super) fn has_output(&self) -> bool {
+        !self.output.is_empty()
+    }
+
+    /// Reads once and appends to what is buffered; 0 is the end.
+    pub(super) fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        let before = self.buffered().len();
+        let read = ready!(self.poll_input(cx, true, |bytes| (0, bytes.len())))?;
+        Poll::Ready(Ok(read.map_or(0, |now| now - before)))
+    }
+
+    /// Shows the next bytes to `f`, which says how many it consumed; the others stay buffered. What is
+    /// buffered is shown first; `more` asks for fresh bytes behind it. None is the end of the stream.
+    pub(super) fn poll_input<R>(
+        &mut self,
+        cx: &mut Context<'_>,
+        more: bool,
+        f: impl FnOnce(&[u8]) -> (usize, R),
+    ) -> Poll<io::Result<Option<R>>> {
+        let buffered = !self.buffered().is_empty();
+        if buffered && !more {
+            let (used, result) = f(&self.input[self.consumed..]);
+            self.consume(used);
+            return Poll::Ready(Ok(Some(result)));
+        }
+        if self.eof {
+            return Poll::Ready(Ok(None));
+        }
+        with_scratch(|scratch| {
+            let n = ready!(self.poll_read(cx, scratch))?;
+            if n == 0 {
+                self.eof = true;
+                return Poll::Ready(Ok(None));
+            }
+            let fresh = &scratch[..n];
+            let result = if buffered {
+                self.input.extend_from_slice(fresh);
+                let (used, result) = f(&self.input[self.consumed..]);
+                self.consume(used);
+                result
+            } else {
+                let (used, result) = f(fresh);
+                self.input.extend_from_slice(&fresh[used..]);
+                result
+            };
+            Poll::Ready(Ok(Some(result)))
+        })
+    }
+
+    fn poll_read(&mut self, cx: &mut Context<'_>, into: &mut [u8]) -> Poll<io::Result<usize>> {
+        let mut buf = ReadBuf::new(into);
+        match self.stream.as_mut() {
+            Some(Stream::Tcp(stream)) => ready!(Pin::new(stream).poll_read(cx, &mut buf))?,
+            Some(Stream::Unix(stream)) => ready!(Pin::new(stream).poll_read(cx, &mut buf))?,
+            None => return Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
+        }
+        Poll::Ready(Ok(buf.filled().len()))
+    }
+
+    /// Writes as much as the kernel takes now and keeps the rest for [`Side::poll_flush`]. Only to be called
+    /// without output pending; that is what bounds the memory.
+    pub(super) fn send(&mut self, cx: &mut Context<'_>, parts: &[IoSlice<'_>]) -> io::Result<()> {
+        debug_assert!(!self.has_output());
+        let mut taken = match self.poll_write(cx, parts) {
+            Poll::Ready(result) => result?,
+            Poll::Pending => 0,
+        };
+        for part in parts {
+            let skip = taken.min(part.len());
+            taken -= skip;
+            self.output.extend_from_slice(&part[skip..]);
+        }
+        Ok(())
+    }
+
+    /// Keeps bytes behind what is pending.
+    pub(super) fn send_later(&mut self, bytes: &[u8]) {
+        self.output.extend_from_slice(bytes);
+    }
+
+    /// Writes what is pending.
+    pub(super) fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while self.has_output() {
+            let output = std::mem::take(&mut self.output);
+            let result = self.poll_write(cx, &[IoSlice::new(&output[self.written..])]);
+            self.output = output;
+            self.written += ready!(result)?;
+            if self.written == self.output.len() {
+                (self.output, self.written) = (Vec::new(), 0);
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_write(&mut self, cx: &mut Context<'_>, parts: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        let n = match (self.stream.as_mut(), parts) {
+            (Some(Stream::Tcp(stream)), [one]) => ready!(Pin::new(stream).poll_write(cx, one))?,
+            (Some(Stream::Tcp(stream)), _) => ready!(Pin::new(stream).poll_write_vectored(cx, parts))?,
+            (Some(Stream::Unix(stream)), [one]) => ready!(Pin::new(stream).poll_write(cx, one))?,
+            (Some(Stream::Unix(stream)), _) => ready!(Pin::new(stream).poll_write_vectored(cx, parts))?,
+            (None, _) => return Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
+        };
+        let empty = parts.iter().all(|part| part.is_empty());
+        if n == 0 && !empty {
+            return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+        }
+        Poll::Ready(Ok(n))
+    }
+
+    /// Writes what is pending, then FIN, once.
+    pub(super) fn poll_shutdown(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.poll_flush(cx))?;
+        if !self.fin_sent {
+            match self.stream.as_mut() {
+                Some(Stream::Tcp(stream)) => ready!(Pin::new(stream).poll_shutdown(cx))?,
+                Some(Stream::Unix(stream)) => ready!(Pin::new(stream).poll_shutdown(cx))?,
+                None => return Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
+            }
+            self.fin_sent = true;
+        }
+        Poll::Ready(Ok(()))
+    }
+}
