@@ -679,8 +679,10 @@ impl Engine {
     }
 
     fn relist(&mut self, daemon: &DaemonId, began: Time, images: &[ListedImage], now: Time) {
+        // Builds that have ended, and those still open: buildx tags its image before its connection ends.
+        let builders = self.builders_on(daemon);
         let Some(d) = self.daemons.get_mut(daemon) else { return };
-        let builders: Vec<SessionKey> = std::mem::take(&mut d.builders).into_iter().collect();
+        d.builders.clear();
         let tenant = builders.first().and_then(|k| self.sessions.get(k)).map(|s| s.tenant.clone());
         let (gone, made) = self.images.list(daemon, began, images, &builders, tenant, now);
         self.disown_images(daemon, gone, now);
