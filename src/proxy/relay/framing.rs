@@ -51,9 +51,9 @@ impl Body {
         self.state == State::Done
     }
 
-    /// Whether the end of the connection would end this body properly.
-    pub fn may_end(&self) -> bool {
-        matches!(self.state, State::Done | State::UntilClose)
+    /// Whether nothing but the end of the connection ends this body.
+    pub fn is_until_close(&self) -> bool {
+        self.state == State::UntilClose
     }
 
     /// Whether another chunk may be put in here.
