@@ -603,3 +603,6 @@ fn invalid(error: Error) -> io::Error {
 fn unexpected_upgrade() -> Error {
     Error::new(Kind::DaemonUnreachable, "the daemon switched protocols unasked")
 }
+
+#[cfg(test)]
+mod tests;

@@ -396,3 +396,142 @@ impl Side {
         Poll::Ready(Ok(()))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncWriteExt;
+
+    use super::super::testing::{Ending, read_to_end, reset, say, soon, tcp, unix};
+    use super::*;
+    use crate::error::Kind;
+
+    #[tokio::test]
+    async fn a_head_of_a_mebibyte_comes_in_small_pieces() {
+        let (mut near, mut far) = tcp().await;
+        let mut head = b"POST /build?buildargs=".to_vec();
+        head.resize((1 << 20) - 50, b'x');
+        head.extend_from_slice(b" HTTP/1.1\r\nContent-Length: 4\r\n\r\n");
+        let bytes = [&head[..], b"body"].concat();
+        let writer = tokio::spawn(async move {
+            for piece in bytes.chunks(100) {
+                far.write_all(piece).await.unwrap();
+            }
+            far
+        });
+        let request = soon(near.read_head()).await.unwrap().unwrap();
+        assert!(request.raw() == head);
+        assert_eq!(soon(near.peek(4)).await.unwrap(), b"body");
+        soon(writer).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_head_may_come_byte_by_byte_and_waiting_for_it_may_be_cancelled() {
+        let (mut near, mut far) = unix();
+        let bytes = b"\r\nGET /1 HTTP/1.1\r\nHost: a\r\n\r\nGET /2 HTTP/1.1\r\n\r\n";
+        let mut targets = Vec::new();
+        for byte in bytes {
+            say(&mut far, [*byte]).await;
+            tokio::select! {
+                biased;
+                head = near.read_head() => targets.push(head.unwrap().unwrap().target().to_string()),
+                () = tokio::task::yield_now() => {}
+            }
+        }
+        assert_eq!(targets, ["/1", "/2"]);
+        assert_eq!(near.input.capacity() + near.output.capacity(), 0, "an idle side holds memory");
+        drop(far);
+        assert_eq!(near.read_head().await.unwrap(), None);
+    }
+
+    #[tokio::test]
+    async fn two_heads_in_one_read_are_two_heads() {
+        let (mut near, mut far) = tcp().await;
+        say(&mut far, "GET /1 HTTP/1.1\r\n\r\nGET /2 HTTP/1.1\r\n\r\nGET /3 HT").await;
+        far.shutdown().await.unwrap();
+        for target in ["/1", "/2"] {
+            assert_eq!(soon(near.read_head()).await.unwrap().unwrap().target(), target);
+        }
+        match soon(near.read_head()).await {
+            Err(HeadError::Io(error)) => assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_head_that_is_not_taken_is_an_error_to_tell_the_client() {
+        let huge = [b"GET /", &vec![b'a'; 2 << 20][..]].concat();
+        for (bytes, kind) in [
+            (&b"GET / HTTP/1.1\nHost: a\n\n"[..], Kind::BadRequest),
+            (b"GET / HTTP/1.1\r\nA : b\r\n\r\n", Kind::BadRequest),
+            (&huge, Kind::HeadTooLarge),
+        ] {
+            let (mut near, mut far) = tcp().await;
+            let bytes = bytes.to_vec();
+            let writer = tokio::spawn(async move {
+                let _ = far.write_all(&bytes).await;
+                far
+            });
+            match soon(near.read_head()).await {
+                Err(HeadError::Bad(error)) => assert_eq!(error.kind, kind),
+                other => panic!("{other:?}"),
+            }
+            drop(near);
+            soon(writer).await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_connection_with_bytes_that_nobody_asked_for_is_dead() {
+        let (near, mut far) = tcp().await;
+        assert!(!near.is_dead());
+        say(&mut far, "HTTP/1.1 408 Request Timeout\r\n\r\n").await;
+        soon(async {
+            while !near.is_dead() {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn the_peers_state_is_seen_behind_unread_bytes() {
+        let (near, mut far) = tcp().await;
+        say(&mut far, "unread").await;
+        assert_eq!(near.peer(), Peer::Open);
+        far.shutdown().await.unwrap();
+        let seen = |wanted| {
+            let near = &near;
+            async move {
+                while near.peer() != wanted {
+                    tokio::task::yield_now().await;
+                }
+            }
+        };
+        soon(seen(Peer::Finished)).await;
+        reset(far);
+        soon(seen(Peer::Reset)).await;
+    }
+
+    #[tokio::test]
+    async fn an_abort_is_a_reset_and_a_close_is_not() {
+        let ((mut a, mut far_a), (mut b, mut far_b), (mut c, mut far_c)) = (tcp().await, tcp().await, unix());
+        a.abort();
+        b.close();
+        c.abort();
+        assert_eq!(read_to_end(&mut far_a).await.1, Ending::Rst);
+        assert_eq!(read_to_end(&mut far_b).await.1, Ending::Fin);
+        assert_eq!(read_to_end(&mut far_c).await.1, Ending::Fin);
+        assert!(a.is_closed() && a.is_dead() && a.fill().await.is_err());
+    }
+
+    #[tokio::test]
+    async fn unread_bytes_come_first() {
+        let (mut near, mut far) = unix();
+        say(&mut far, "cd").await;
+        near.unread(b"ab");
+        assert_eq!(soon(near.peek(4)).await.unwrap(), b"abcd");
+        near.consume(3);
+        assert_eq!(near.buffered(), b"d");
+        assert_eq!(near.into_parts().1, b"d");
+    }
+}

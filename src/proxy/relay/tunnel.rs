@@ -223,3 +223,187 @@ fn forward(
         None => to.send(cx, &[IoSlice::new(bytes)]),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncWriteExt;
+    use tokio::net::TcpStream;
+    use tokio::task::JoinHandle;
+
+    use super::super::h2::{AckSwallower, PREFACE};
+    use super::super::testing::{Ending, Far, read_to_end, read_until, reset, say, soon, tcp, unix};
+    use super::*;
+
+    fn start(mut client: Side, mut daemon: Side, kind: TunnelKind) -> JoinHandle<TunnelEnd> {
+        tokio::spawn(async move { tunnel(&mut client, &mut daemon, kind, None).await })
+    }
+
+    async fn world(kind: TunnelKind) -> (TcpStream, TcpStream, JoinHandle<TunnelEnd>) {
+        let ((near_client, client), (near_daemon, daemon)) = (tcp().await, tcp().await);
+        (client, daemon, start(near_client, near_daemon, kind))
+    }
+
+    #[tokio::test]
+    async fn a_fin_of_the_client_closes_its_direction_only() {
+        let (mut client, mut daemon, task) = world(TunnelKind::Raw).await;
+        say(&mut client, "stdin").await;
+        client.shutdown().await.unwrap();
+        assert_eq!(read_to_end(&mut daemon).await, (b"stdin".to_vec(), Ending::Fin));
+        say(&mut daemon, "output").await;
+        read_until(&mut client, "output").await;
+        drop(daemon);
+        assert_eq!(read_to_end(&mut client).await.1, Ending::Fin);
+        let end = soon(task).await.unwrap();
+        assert_eq!(end, TunnelEnd { cause: TunnelCause::ClientFinished, up: 5, down: 6 });
+    }
+
+    #[tokio::test]
+    async fn a_fin_of_the_daemon_closes_its_direction_only() {
+        let (mut client, mut daemon, task) = world(TunnelKind::Raw).await;
+        daemon.shutdown().await.unwrap();
+        assert_eq!(read_to_end(&mut client).await.1, Ending::Fin);
+        say(&mut client, "more").await;
+        read_until(&mut daemon, "more").await;
+        drop(client);
+        assert_eq!(soon(task).await.unwrap().cause, TunnelCause::DaemonFinished);
+    }
+
+    #[tokio::test]
+    async fn a_reset_stays_a_reset() {
+        for kind in [TunnelKind::Raw, TunnelKind::H2] {
+            let (client, mut daemon, task) = world(kind).await;
+            reset(client);
+            assert_eq!(read_to_end(&mut daemon).await.1, Ending::Rst);
+            assert_eq!(soon(task).await.unwrap().cause, TunnelCause::ClientReset);
+
+            let (mut client, daemon, task) = world(kind).await;
+            reset(daemon);
+            assert_eq!(read_to_end(&mut client).await.1, Ending::Rst);
+            assert_eq!(soon(task).await.unwrap().cause, TunnelCause::DaemonReset);
+        }
+    }
+
+    #[tokio::test]
+    async fn http2_ends_as_a_whole_after_what_was_sent() {
+        let (mut client, mut daemon, task) = world(TunnelKind::H2).await;
+        say(&mut client, "last").await;
+        client.shutdown().await.unwrap();
+        assert_eq!(read_to_end(&mut daemon).await, (b"last".to_vec(), Ending::Fin));
+        assert_eq!(soon(task).await.unwrap().cause, TunnelCause::ClientFinished);
+        assert_eq!(read_to_end(&mut client).await.1, Ending::Fin);
+
+        let (mut client, mut daemon, task) = world(TunnelKind::H2).await;
+        say(&mut daemon, "goaway").await;
+        daemon.shutdown().await.unwrap();
+        assert_eq!(read_to_end(&mut client).await, (b"goaway".to_vec(), Ending::Fin));
+        drop(client);
+        assert_eq!(soon(task).await.unwrap().cause, TunnelCause::DaemonFinished);
+    }
+
+    #[tokio::test]
+    async fn output_arrives_although_the_daemon_takes_no_more_input() {
+        let (client, mut daemon, task) = world(TunnelKind::Raw).await;
+        let (mut reading, mut writing) = tokio::io::split(client);
+        let stdin = tokio::spawn(async move { while writing.write_all(&[b'x'; 4096]).await.is_ok() {} });
+        read_until(&mut daemon, "x").await;
+        say(&mut daemon, "head of it").await;
+        daemon.shutdown().await.unwrap();
+        let mut seen = [0; 10];
+        soon(tokio::io::AsyncReadExt::read_exact(&mut reading, &mut seen)).await.unwrap();
+        assert_eq!(&seen, b"head of it");
+        drop(daemon);
+        soon(stdin).await.unwrap();
+        soon(task).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_came_before_the_tunnel_goes_first() {
+        let ((mut near_client, mut client), (mut near_daemon, mut daemon)) = (tcp().await, unix());
+        near_client.unread(b"held ");
+        near_daemon.unread(b"early ");
+        client.shutdown().await.unwrap();
+        assert_eq!(near_client.fill().await.unwrap(), 0);
+        let task = start(near_client, near_daemon, TunnelKind::Raw);
+        assert_eq!(read_to_end(&mut daemon).await, (b"held ".to_vec(), Ending::Fin));
+        say(&mut daemon, "late").await;
+        drop(daemon);
+        assert_eq!(read_to_end(&mut client).await, (b"early late".to_vec(), Ending::Fin));
+        soon(task).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_tap_sees_the_first_bytes_until_it_has_seen_enough() {
+        struct First(Vec<u8>);
+        impl Tap for First {
+            fn client_bytes(&mut self, bytes: &[u8]) -> Verdict {
+                self.0.extend_from_slice(bytes);
+                if self.0.len() < 4 { Verdict::go_on() } else { Verdict::done() }
+            }
+        }
+        let ((mut near_client, mut client), (mut near_daemon, mut daemon)) = (tcp().await, tcp().await);
+        let task = tokio::spawn(async move {
+            let mut tap = First(Vec::new());
+            tunnel(&mut near_client, &mut near_daemon, TunnelKind::Raw, Some(&mut tap)).await;
+            tap.0
+        });
+        for piece in ["ab", "cdef", "ghi"] {
+            say(&mut client, piece).await;
+            read_until(&mut daemon, piece).await;
+        }
+        drop((client, daemon));
+        assert_eq!(soon(task).await.unwrap(), b"abcdef");
+    }
+
+    #[tokio::test]
+    async fn one_acknowledgement_is_swallowed_on_the_way() {
+        let ((mut near_client, mut client), (mut near_daemon, mut daemon)) = (tcp().await, tcp().await);
+        let task = tokio::spawn(async move {
+            let mut tap = AckSwallower::new();
+            tunnel(&mut near_client, &mut near_daemon, TunnelKind::H2, Some(&mut tap)).await
+        });
+        let (ack, ping) = (b"\0\0\0\x04\x01\0\0\0\0", b"\0\0\x08\x06\0\0\0\0\x0012345678");
+        say(&mut client, [&PREFACE[..], ack, ping, ack].concat()).await;
+        client.shutdown().await.unwrap();
+        assert_eq!(read_to_end(&mut daemon).await.0, [&PREFACE[..], ping, ack].concat());
+        drop(daemon);
+        soon(task).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn much_data_arrives_whole_both_ways() {
+        async fn run(client: impl Far, daemon: impl Far, task: JoinHandle<TunnelEnd>) {
+            let bytes: Vec<u8> = (0..20_000_000_usize).map(|i| (i / 7) as u8).collect();
+            let (mut client_in, mut client_out) = tokio::io::split(client);
+            let (mut daemon_in, mut daemon_out) = tokio::io::split(daemon);
+            let (mut up, mut down) = (vec![0; bytes.len()], vec![0; bytes.len()]);
+            let all = async {
+                tokio::join!(
+                    client_out.write_all(&bytes),
+                    daemon_out.write_all(&bytes),
+                    tokio::io::AsyncReadExt::read_exact(&mut daemon_in, &mut up),
+                    tokio::io::AsyncReadExt::read_exact(&mut client_in, &mut down),
+                )
+            };
+            let (a, b, c, d) = soon(all).await;
+            assert!(a.is_ok() && b.is_ok() && c.is_ok() && d.is_ok());
+            assert!(up == bytes && down == bytes);
+            drop((client_in, client_out, daemon_in, daemon_out));
+            let end = soon(task).await.unwrap();
+            assert_eq!((end.up, end.down), (20_000_000, 20_000_000));
+        }
+        let (client, daemon, task) = world(TunnelKind::Raw).await;
+        run(client, daemon, task).await;
+        let ((near_client, client), (near_daemon, daemon)) = (unix(), unix());
+        run(client, daemon, start(near_client, near_daemon, TunnelKind::Raw)).await;
+    }
+
+    #[test]
+    fn the_future_is_small() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let _guard = runtime.enter();
+        let ((mut client, _a), (mut daemon, _b)) = (unix(), unix());
+        let size = size_of_val(&tunnel(&mut client, &mut daemon, TunnelKind::Raw, None));
+        println!("tunnel {size}");
+        assert!(size <= 384, "{size}");
+    }
+}
