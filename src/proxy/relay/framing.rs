@@ -51,9 +51,9 @@ impl Body {
         self.state == State::Done
     }
 
-    /// Whether the end of the connection would end this body properly.
-    pub fn may_end(&self) -> bool {
-        matches!(self.state, State::Done | State::UntilClose)
+    /// Whether nothing but the end of the connection ends this body.
+    pub fn is_until_close(&self) -> bool {
+        self.state == State::UntilClose
     }
 
     /// Whether another chunk may be put in here.
@@ -144,4 +144,133 @@ impl State {
 
 fn bad(reason: &str) -> Error {
     Error::new(Kind::BadRequest, format!("bad HTTP body: {reason}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const CHUNKED: &[u8] =
+        b"5\r\nhello\r\n1;name=\"v\"\r\n \r\n00a\r\n0123456789\r\n0\r\nX-T: a b\r\nY:\r\n\r\n";
+
+    /// Feeds the pieces and gives back (bytes of the body, payload).
+    fn run(framing: Framing, pieces: &[&[u8]]) -> Result<(Body, usize, Vec<u8>), Error> {
+        let (mut body, mut used, mut payload) = (Body::new(framing), 0, Vec::new());
+        for piece in pieces {
+            used += body.feed(piece, |p| payload.extend_from_slice(p))?;
+        }
+        Ok((body, used, payload))
+    }
+
+    #[test]
+    fn a_chunked_body_ends_behind_its_trailers_wherever_it_is_cut() {
+        let mut stream = CHUNKED.to_vec();
+        stream.extend_from_slice(b"GET /");
+        for cut in 0..=stream.len() {
+            let (body, used, payload) = run(Framing::Chunked, &[&stream[..cut], &stream[cut..]]).unwrap();
+            assert!(body.is_complete());
+            assert_eq!(payload, b"hello 0123456789");
+            assert_eq!(used, CHUNKED.len());
+        }
+    }
+
+    #[test]
+    fn a_chunk_may_be_put_in_between_two_chunks_only() {
+        let boundaries: Vec<_> = (0..=CHUNKED.len())
+            .filter(|&cut| run(Framing::Chunked, &[&CHUNKED[..cut]]).unwrap().0.at_chunk_boundary())
+            .collect();
+        assert_eq!(boundaries, [0, 10, 25, 42]);
+    }
+
+    #[test]
+    fn the_other_framings_end_where_they_say() {
+        for (framing, used, complete) in [
+            (Framing::None, 0, true),
+            (Framing::Length(0), 0, true),
+            (Framing::Length(3), 3, true),
+            (Framing::Length(9), 6, false),
+            (Framing::Length(u64::MAX), 6, false),
+            (Framing::UntilClose, 6, false),
+        ] {
+            let (body, n, payload) = run(framing, &[b"ab", b"cdef"]).unwrap();
+            assert_eq!((n, body.is_complete(), payload.len()), (used, complete, used), "{framing:?}");
+        }
+    }
+
+    #[test]
+    fn bad_chunks_are_refused() {
+        let long_extension = format!("1;{}\r\n", "a".repeat(5000));
+        let long_trailers = format!("0\r\n{}", "A: b\r\n".repeat(20_000));
+        for bytes in [
+            "\r\n",
+            "g\r\n",
+            "-1\r\n",
+            "+1\r\n",
+            "0x1\r\n",
+            " 1\r\n",
+            "1 \r\n",
+            "1\t;a\r\n",
+            "1\n",
+            "1\ra",
+            "1;a\n",
+            "1;a\u{1}\r\n",
+            "1\r\nab",
+            "1\r\na\n",
+            "1\r\na\ra",
+            "1\r\na\r\n\r\n",
+            "8000000000000000\r\n",
+            "fffffffffffffffff\r\n",
+            "00000000000000001\r\n",
+            "0\r\n\n",
+            "0\r\nA\r\n",
+            "0\r\nA b: c\r\n",
+            "0\r\n a: c\r\n",
+            "0\r\n: c\r\n",
+            "0\r\nA: c\n",
+            "0\r\nA: c\r\r",
+            "0\r\nA: c\0\r\n",
+            &long_extension,
+            &long_trailers,
+        ] {
+            assert!(
+                run(Framing::Chunked, &[bytes.as_bytes()]).is_err(),
+                "{:?}",
+                &bytes[..bytes.len().min(40)]
+            );
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_split_of_a_body_gives_the_same(
+            chunks in prop::collection::vec(prop::collection::vec(any::<u8>(), 1..40), 0..6),
+            cuts in prop::collection::vec(any::<prop::sample::Index>(), 0..10),
+            tail in prop::collection::vec(any::<u8>(), 0..10),
+        ) {
+            let mut stream = Vec::new();
+            for chunk in &chunks {
+                stream.extend_from_slice(format!("{:X}\r\n", chunk.len()).as_bytes());
+                stream.extend_from_slice(chunk);
+                stream.extend_from_slice(b"\r\n");
+            }
+            stream.extend_from_slice(b"0\r\n\r\n");
+            let end = stream.len();
+            stream.extend_from_slice(&tail);
+            let mut cuts: Vec<_> = cuts.iter().map(|c| c.index(stream.len())).collect();
+            cuts.extend([0, stream.len()]);
+            cuts.sort_unstable();
+            let pieces: Vec<_> = cuts.windows(2).map(|w| &stream[w[0]..w[1]]).collect();
+            let (body, used, payload) = run(Framing::Chunked, &pieces).unwrap();
+            prop_assert!(body.is_complete());
+            prop_assert_eq!(used, end);
+            prop_assert_eq!(payload, chunks.concat());
+        }
+
+        #[test]
+        fn nothing_makes_the_tracker_panic(bytes in "[0-9a-f;\r\n:A \u{1}]{0,60}") {
+            let _ = run(Framing::Chunked, &[bytes.as_bytes()]);
+        }
+    }
 }

@@ -104,3 +104,58 @@ impl Tap for AckSwallower {
         self.head[..std::mem::take(&mut self.head_len)].to_vec()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn frame(kind: u8, flags: u8, payload: &[u8]) -> Vec<u8> {
+        let [_, a, b, c] = u32::try_from(payload.len()).unwrap().to_be_bytes();
+        [&[a, b, c, kind, flags, 0, 0, 0, 0], payload].concat()
+    }
+
+    fn stream() -> (Vec<u8>, Vec<u8>) {
+        let ack = frame(SETTINGS, ACK, b"");
+        let before =
+            [PREFACE.to_vec(), frame(SETTINGS, 0, &[0, 3, 0, 0, 0, 100]), frame(8, 0, &[0, 1, 0, 0])]
+                .concat();
+        let after = [frame(1, 4, b"\0\0\0\x04\x01\0\0\0\0"), ack.clone(), frame(0, 1, &[7; 300])].concat();
+        ([before.clone(), ack, after.clone()].concat(), [before, after].concat())
+    }
+
+    #[test]
+    fn exactly_one_ack_is_removed_wherever_the_stream_is_cut() {
+        let (input, expected) = stream();
+        for cut in 0..=input.len() {
+            let (mut swallower, mut out) = (AckSwallower::new(), Vec::new());
+            swallower.feed(&input[..cut], &mut out);
+            swallower.feed(&input[cut..], &mut out);
+            assert_eq!(out, expected, "cut at {cut}");
+            assert!(swallower.is_done());
+        }
+    }
+
+    #[test]
+    fn single_bytes_pass_too() {
+        let (input, expected) = stream();
+        let (mut swallower, mut out) = (AckSwallower::new(), Vec::new());
+        input.iter().for_each(|b| swallower.feed(&[*b], &mut out));
+        assert_eq!(out, expected);
+    }
+
+    #[test]
+    fn a_stream_without_ack_passes_whole_and_its_end_gives_out_the_rest() {
+        let mut swallower = AckSwallower::new();
+        let mut input = [PREFACE.to_vec(), frame(SETTINGS, 0, b""), frame(0, 0, b"abc")].concat();
+        input.extend_from_slice(&[0, 0, 0, 4]);
+        let verdict = swallower.client_bytes(&input);
+        assert!(!verdict.done);
+        let out = [verdict.replace.unwrap(), swallower.client_end()].concat();
+        assert_eq!(out, input);
+    }
+
+    #[test]
+    fn the_empty_settings_frame_is_one() {
+        assert_eq!(empty_settings().to_vec(), frame(SETTINGS, 0, b""));
+    }
+}

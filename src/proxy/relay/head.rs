@@ -436,3 +436,259 @@ fn fault(reason: &str) -> Error {
 fn too_large() -> Error {
     Error::new(Kind::HeadTooLarge, "the request head is larger than 1 MiB, the limit of dockerd")
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// As the relay reads it: scanned, then parsed.
+    fn request(bytes: &[u8]) -> Result<RequestHead, Error> {
+        match Scanner::default().scan(bytes)? {
+            Some((start, end)) => RequestHead::parse(bytes[start..end].to_vec()),
+            None => Err(bad("incomplete")),
+        }
+    }
+
+    fn response(text: &str, to_head: bool) -> Result<ResponseHead<'_>, Error> {
+        ResponseHead::parse(text.as_bytes(), to_head)
+    }
+
+    #[test]
+    fn a_head_is_kept_as_it_came() {
+        let raw = b"POST /v1.50/build?t=a%3A1&x=1 HTTP/1.1\r\nHost:\r\nX-a:  b c \t\r\nTransfer-encoding: Chunked\r\n\r\n";
+        let head = request(raw).unwrap();
+        assert_eq!(head.raw(), raw);
+        assert_eq!((head.method(), head.path(), head.query()), ("POST", "/v1.50/build", Some("t=a%3A1&x=1")));
+        assert_eq!(head.framing, Framing::Chunked);
+        assert_eq!(head.header("x-A"), Some(&b"b c"[..]));
+        assert_eq!(head.header("host"), Some(&b""[..]));
+        assert_eq!(head.header("nothing"), None);
+        assert_eq!(head.headers().count(), 3);
+        assert!(head.keep_alive && !head.upgrade);
+    }
+
+    #[test]
+    fn what_docker_clients_send_is_taken() {
+        let heads: &[(&str, Framing, bool, bool)] = &[
+            ("HEAD /_ping HTTP/1.1\r\nHost: 127.0.0.1:2375\r\n\r\n", Framing::None, true, false),
+            ("GET / HTTP/1.0\r\n\r\n", Framing::None, false, false),
+            ("GET / HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n", Framing::None, true, false),
+            ("GET / HTTP/1.1\r\nConnection: a, close\r\n\r\n", Framing::None, false, false),
+            ("OPTIONS * HTTP/1.1\r\n\r\n", Framing::None, true, false),
+            (
+                "POST /grpc HTTP/1.1\r\nHost: \r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n",
+                Framing::None,
+                true,
+                true,
+            ),
+            ("POST / HTTP/1.1\r\nUpgrade: tcp\r\n\r\n", Framing::None, true, false),
+            ("POST / HTTP/1.1\r\nContent-Length: 0\r\n\r\n", Framing::Length(0), true, false),
+            (
+                "PUT /a//b/../c:1@x HTTP/1.1\r\ncontent-length: 9223372036854775807\r\n\r\n",
+                Framing::Length(9_223_372_036_854_775_807),
+                true,
+                false,
+            ),
+            (
+                "POST / HTTP/1.1\r\nContent-Length: 5\r\nContent-Length: 5\r\n\r\n",
+                Framing::Length(5),
+                true,
+                false,
+            ),
+            ("GET / HTTP/1.1\r\nX: \u{e9}\r\nY:\ttab\tin\r\nZ:\r\n\r\n", Framing::None, true, false),
+            ("\r\nGET / HTTP/1.1\r\n\r\n", Framing::None, true, false),
+        ];
+        for (text, framing, keep_alive, upgrade) in heads {
+            let head = request(text.as_bytes()).unwrap_or_else(|e| panic!("{text:?}: {e}"));
+            assert_eq!(
+                (head.framing, head.keep_alive, head.upgrade),
+                (*framing, *keep_alive, *upgrade),
+                "{text:?}"
+            );
+            assert_eq!(head.raw(), text.trim_start().as_bytes());
+        }
+    }
+
+    #[test]
+    fn whatever_two_parsers_may_read_differently_is_refused() {
+        let heads: &[&[u8]] = &[
+            b"GET / HTTP/1.1\nHost: a\n\n",
+            b"GET / HTTP/1.1\r\nHost: a\n\r\n",
+            b"GET / HTTP/1.1\r\nHost: a\r\n\n",
+            b"GET / HTTP/1.1\r\nHost: a\rb\r\n\r\n",
+            b"GET / HTTP/1.1\rHost: a\r\n\r\n",
+            b"GET / HTTP/1.1\r\r\n\r\n",
+            b"GET / HTTP/1.1\r\nA: b\r\n c\r\n\r\n",
+            b"GET / HTTP/1.1\r\nA: b\r\n\tc\r\n\r\n",
+            b"GET / HTTP/1.1\r\n A: b\r\n\r\n",
+            b"GET / HTTP/1.1\r\nA : b\r\n\r\n",
+            b"GET / HTTP/1.1\r\nA\t: b\r\n\r\n",
+            b"GET / HTTP/1.1\r\n: b\r\n\r\n",
+            b"GET / HTTP/1.1\r\nno colon\r\n\r\n",
+            b"GET / HTTP/1.1\r\nnocolon\r\n\r\n",
+            b"GET / HTTP/1.1\r\nA(b): c\r\n\r\n",
+            b"GET / HTTP/1.1\r\nA\xe9: c\r\n\r\n",
+            b"GET / HTTP/1.1\r\nA: b\0c\r\n\r\n",
+            b"GET / HTTP/1.1\r\nA: b\x07c\r\n\r\n",
+            b"GET / HTTP/1.1\r\nA: b\x7fc\r\n\r\n",
+            b"POST / HTTP/1.1\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n",
+            b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n",
+            b"POST / HTTP/1.1\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n",
+            b"POST / HTTP/1.1\r\nContent-Length: 5\r\nContent-Length: 05\r\n\r\n",
+            b"POST / HTTP/1.1\r\nContent-Length: 5, 5\r\n\r\n",
+            b"POST / HTTP/1.1\r\nContent-Length: +5\r\n\r\n",
+            b"POST / HTTP/1.1\r\nContent-Length: -5\r\n\r\n",
+            b"POST / HTTP/1.1\r\nContent-Length: 0x5\r\n\r\n",
+            b"POST / HTTP/1.1\r\nContent-Length: 5 5\r\n\r\n",
+            b"POST / HTTP/1.1\r\nContent-Length:\r\n\r\n",
+            b"POST / HTTP/1.1\r\nContent-Length: 9223372036854775808\r\n\r\n",
+            b"POST / HTTP/1.1\r\nContent-Length: 18446744073709551621\r\n\r\n",
+            b"POST / HTTP/1.1\r\nTransfer-Encoding: gzip, chunked\r\n\r\n",
+            b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked, chunked\r\n\r\n",
+            b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n",
+            b"POST / HTTP/1.1\r\nTransfer-Encoding: identity\r\n\r\n",
+            b"POST / HTTP/1.1\r\nTransfer-Encoding:\r\n\r\n",
+            b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked;a=b\r\n\r\n",
+            b"POST / HTTP/1.1\r\nTransfer-Encoding: \x0bchunked\r\n\r\n",
+            b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n",
+            b"GET / HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n",
+            b"GET http://a/ HTTP/1.1\r\nHost: a\r\n\r\n",
+            b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n",
+            b"GET a HTTP/1.1\r\n\r\n",
+            b"GET * HTTP/1.1\r\n\r\n",
+            b"GET  HTTP/1.1\r\n\r\n",
+            b"GET HTTP/1.1\r\n\r\n",
+            b"GET  / HTTP/1.1\r\n\r\n",
+            b"GET /  HTTP/1.1\r\n\r\n",
+            b"GET /a b HTTP/1.1\r\n\r\n",
+            b"GET\t/ HTTP/1.1\r\n\r\n",
+            b"GET /\xe9 HTTP/1.1\r\n\r\n",
+            b"GET /\tx HTTP/1.1\r\n\r\n",
+            b"G(T / HTTP/1.1\r\n\r\n",
+            b" GET / HTTP/1.1\r\n\r\n",
+            b"GET / HTTP/1.1 \r\n\r\n",
+            b"GET / HTTP/1.2\r\n\r\n",
+            b"GET / HTTP/2.0\r\n\r\n",
+            b"GET / http/1.1\r\n\r\n",
+            b"GET / HTTP/1.1\r\nA: b\r\nGET / HTTP/1.1\r\n\r\n",
+            b"GET /\r\n",
+            b"GET / HTTP/1.1, HTTP/1.1\r\n\r\n",
+            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+            b"\r\n\r\nGET / HTTP/1.1\r\n\r\n",
+            b"\nGET / HTTP/1.1\r\n\r\n",
+            b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+            b"xxxx\r\nGET / HTTP/1.1\r\n\r\n",
+        ];
+        for head in heads {
+            let error = match request(head) {
+                Ok(_) => panic!("taken: {:?}", String::from_utf8_lossy(head)),
+                Err(error) => error,
+            };
+            assert_eq!(error.kind, Kind::BadRequest);
+            assert_ne!(error.message, "bad HTTP request: incomplete", "{:?}", String::from_utf8_lossy(head));
+        }
+    }
+
+    #[test]
+    fn a_head_beyond_dockerds_limit_is_too_large() {
+        let mut head = b"GET /".to_vec();
+        head.resize(MAX_HEAD - 20, b'a');
+        let mut fits = head.clone();
+        fits.extend_from_slice(b" HTTP/1.1\r\n\r\n");
+        assert!(request(&fits).is_ok());
+        head.resize(MAX_HEAD + 1, b'a');
+        assert_eq!(Scanner::default().scan(&head).unwrap_err().kind, Kind::HeadTooLarge);
+        head.extend_from_slice(b" HTTP/1.1\r\n\r\n");
+        assert_eq!(Scanner::default().scan(&head).unwrap_err().kind, Kind::HeadTooLarge);
+    }
+
+    #[test]
+    fn the_body_of_a_response_depends_on_request_and_status() {
+        let ok = "HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\n";
+        assert_eq!(response(ok, false).unwrap().framing, Framing::Length(7));
+        assert_eq!(response(ok, true).unwrap().framing, Framing::None);
+        for status in [100, 101, 103, 204, 304] {
+            let text = format!("HTTP/1.1 {status} X\r\nContent-Length: 7\r\n\r\n");
+            assert_eq!(response(&text, false).unwrap().framing, Framing::None);
+        }
+        let chunked = "HTTP/1.1 200 \r\nTransfer-Encoding: chunked\r\n\r\n";
+        assert_eq!(response(chunked, false).unwrap().framing, Framing::Chunked);
+        let bare = response("HTTP/1.1 200 OK\r\nContent-Type: a\r\n\r\n", false).unwrap();
+        assert_eq!((bare.framing, bare.keep_alive), (Framing::UntilClose, true));
+        assert_eq!(bare.header("content-type"), Some(&b"a"[..]));
+        let old = response("HTTP/1.0 200 OK\r\nContent-Length: 7\r\n\r\n", false).unwrap();
+        assert_eq!((old.framing, old.keep_alive), (Framing::Length(7), false));
+    }
+
+    #[test]
+    fn a_response_with_unclear_framing_is_the_daemons_fault() {
+        for text in [
+            "HTTP/1.1 200 OK\r\nContent-Length: 7\r\nTransfer-Encoding: chunked\r\n\r\n",
+            "HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\n",
+            "HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
+            "HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n",
+            "HTTP/1.1 20 OK\r\n\r\n",
+            "HTTP/1.1 2000\r\n\r\n",
+            "HTTP/2 200 OK\r\n\r\n",
+            "ICY 200 OK\r\n\r\n",
+        ] {
+            assert_eq!(response(text, false).unwrap_err().kind, Kind::DaemonUnreachable, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn a_head_of_a_mebibyte_in_small_pieces_is_scanned_once() {
+        let mut head = b"GET /?buildargs=".to_vec();
+        head.resize(1 << 20, b'x');
+        head.extend_from_slice(b" HTTP/1.1\r\nHost: a\r\n\r\n");
+        let mut scanner = Scanner::default();
+        for end in (100..head.len()).step_by(100) {
+            assert_eq!(scanner.scan(&head[..end]).unwrap(), None);
+            assert!(scanner.at + 1 >= end);
+        }
+        assert_eq!(scanner.scan(&head).unwrap(), Some((0, head.len())));
+    }
+
+    proptest! {
+        #[test]
+        fn any_split_finds_the_same_end(cuts in prop::collection::vec(0_usize..80, 0..12)) {
+            let bytes = b"\r\nPOST /a?b HTTP/1.1\r\nHost: x\r\nA: b\r\nContent-Length: 3\r\n\r\nabcGET / HTT";
+            let mut cuts: Vec<_> = cuts.into_iter().map(|c| c.min(bytes.len())).collect();
+            cuts.push(bytes.len());
+            cuts.sort_unstable();
+            let mut scanner = Scanner::default();
+            let found = cuts.iter().find_map(|&cut| scanner.scan(&bytes[..cut]).unwrap());
+            prop_assert_eq!(found, Some((2, bytes.len() - 12)));
+        }
+
+        /// What is taken, httparse takes too, and reads the same in it.
+        #[test]
+        fn httparse_agrees(
+            line in "(GET|PO ST|P\u{e9}T|POST|) ?(/[a-z?%\u{e9} ]{0,8}|\\*|http://a/) ?(HTTP/1.[0129])",
+            fields in prop::collection::vec("[A-Za-z\u{e9} -]{0,6} ?: ?[a-z ,\t\u{e9}\u{1}]{0,8}(\r\n [a-z]|\n|\r)?", 0..4),
+        ) {
+            let text = format!("{line}\r\n{}\r\n", fields.iter().map(|f| format!("{f}\r\n")).collect::<String>());
+            if let Ok(head) = request(text.as_bytes()) {
+                let mut space = [httparse::EMPTY_HEADER; 16];
+                let mut oracle = httparse::Request::new(&mut space);
+                let parsed = oracle.parse(text.as_bytes()).unwrap();
+                prop_assert_eq!(parsed, httparse::Status::Complete(head.raw().len()));
+                prop_assert_eq!(oracle.method, Some(head.method()));
+                prop_assert_eq!(oracle.path, Some(head.target()));
+                let theirs: Vec<_> = oracle.headers.iter().map(|h| (h.name, h.value.trim_ascii())).collect();
+                prop_assert_eq!(theirs, head.headers().collect::<Vec<_>>());
+            }
+        }
+
+        #[test]
+        fn nothing_makes_the_parser_panic(bytes in prop::collection::vec(any::<u8>(), 0..200), tail in ".{0,80}") {
+            let _ = request(&bytes);
+            let text = format!("GET / HTTP/1.1\r\n{tail}\r\n\r\n");
+            let _ = request(text.as_bytes());
+            let _ = ResponseHead::parse(&bytes, false);
+            let _ = RequestHead::parse(bytes);
+        }
+    }
+}

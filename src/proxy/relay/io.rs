@@ -59,7 +59,7 @@ pub enum Peer {
 /// One connection of either kind.
 #[derive(Debug)]
 pub struct Side {
-    /// None after [`Side::abort`].
+    /// None after [`Side::abort`] or [`Side::close`].
     stream: Option<Stream>,
     input: Vec<u8>,
     consumed: usize,
@@ -121,8 +121,8 @@ impl Side {
         self.fin_sent
     }
 
-    /// Whether [`Side::abort`] has been done.
-    pub fn is_aborted(&self) -> bool {
+    /// Whether [`Side::abort`] or [`Side::close`] has been done.
+    pub fn is_closed(&self) -> bool {
         self.stream.is_none()
     }
 
@@ -131,7 +131,7 @@ impl Side {
     /// # Errors
     /// What the socket says.
     pub async fn fill(&mut self) -> io::Result<usize> {
-        poll_fn(|cx| self.poll_fill(cx)).await
+        poll_fn(|cx| self.poll_fill(cx, SCRATCH)).await
     }
 
     /// Waits for at least `n` bytes, or the end, and shows what is buffered without consuming it. Cancel-safe.
@@ -157,7 +157,7 @@ impl Side {
         loop {
             // What is buffered may be pipelined: only bytes beyond the scanner's reach must be waited for.
             let more = self.buffered().len() <= scanner.reach();
-            let step = self.poll_input(cx, more, |bytes| match scanner.scan(bytes) {
+            let step = self.poll_input(cx, more, |_, bytes| match scanner.scan(bytes) {
                 Ok(Some((start, end))) => (end, Some(RequestHead::parse(bytes[start..end].to_vec()))),
                 Ok(None) => (0, None),
                 Err(error) => (0, Some(Err(error))),
@@ -198,22 +198,32 @@ impl Side {
         poll_fn(|cx| self.poll_shutdown(cx)).await
     }
 
+    /// Closes both directions; what the kernel has accepted is still delivered.
+    pub fn close(&mut self) {
+        self.stream = None;
+        (self.input, self.consumed) = (Vec::new(), 0);
+        (self.output, self.written) = (Vec::new(), 0);
+    }
+
     /// Closes at once: the peer sees RST on TCP, a plain close on a Unix socket.
     pub fn abort(&mut self) {
         if let Some(Stream::Tcp(stream)) = &self.stream {
             // Best effort: a socket that refuses the option is closed all the same.
             let _ = socket2::SockRef::from(stream).set_linger(Some(std::time::Duration::ZERO));
         }
-        self.stream = None;
-        (self.input, self.consumed) = (Vec::new(), 0);
-        (self.output, self.written) = (Vec::new(), 0);
+        self.close();
+    }
+
+    /// Whether anything is left over that another message would trip on.
+    pub(super) fn is_dirty(&self) -> bool {
+        self.eof || self.fin_sent || self.stream.is_none() || !self.buffered().is_empty() || self.has_output()
     }
 
     /// Whether a kept connection cannot take another request: the peer has closed it, or sent bytes that
     /// nobody asked for. One system call, no waiting.
     pub fn is_dead(&self) -> bool {
         let Some(fd) = self.fd() else { return true };
-        if self.eof || self.fin_sent || !self.buffered().is_empty() || self.has_output() {
+        if self.is_dirty() {
             return true;
         }
         let mut byte = 0_u8;
@@ -244,16 +254,34 @@ impl Side {
         })
     }
 
-    /// Whether accepted bytes are waiting for the peer to read.
+    /// How many accepted bytes are waiting for the peer to read.
+    pub(super) fn pending(&self) -> usize {
+        self.output.len() - self.written
+    }
+
+    /// Whether there are any.
     pub(super) fn has_output(&self) -> bool {
         !self.output.is_empty()
     }
 
-    /// Reads once and appends to what is buffered; 0 is the end.
-    pub(super) fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
-        let before = self.buffered().len();
-        let read = ready!(self.poll_input(cx, true, |bytes| (0, bytes.len())))?;
-        Poll::Ready(Ok(read.map_or(0, |now| now - before)))
+    /// Reads once, at most `max` bytes, and appends them to what is buffered; 0 is the end.
+    pub(super) fn poll_fill(&mut self, cx: &mut Context<'_>, max: usize) -> Poll<io::Result<usize>> {
+        if self.eof {
+            return Poll::Ready(Ok(0));
+        }
+        with_scratch(|scratch| {
+            let room = max.min(scratch.len());
+            let n = ready!(self.poll_read(cx, &mut scratch[..room]))?;
+            self.eof = n == 0;
+            self.input.extend_from_slice(&scratch[..n]);
+            Poll::Ready(Ok(n))
+        })
+    }
+
+    /// Reads once and forgets what came; 0 is the end.
+    pub(super) fn poll_discard(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        let read = ready!(self.poll_input(cx, false, |_, bytes| (bytes.len(), bytes.len())))?;
+        Poll::Ready(Ok(read.unwrap_or(0)))
     }
 
     /// Shows the next bytes to `f`, which says how many it consumed; the others stay buffered. What is
@@ -262,11 +290,11 @@ impl Side {
         &mut self,
         cx: &mut Context<'_>,
         more: bool,
-        f: impl FnOnce(&[u8]) -> (usize, R),
+        f: impl FnOnce(&mut Context<'_>, &[u8]) -> (usize, R),
     ) -> Poll<io::Result<Option<R>>> {
         let buffered = !self.buffered().is_empty();
         if buffered && !more {
-            let (used, result) = f(&self.input[self.consumed..]);
+            let (used, result) = f(cx, &self.input[self.consumed..]);
             self.consume(used);
             return Poll::Ready(Ok(Some(result)));
         }
@@ -282,11 +310,11 @@ impl Side {
             let fresh = &scratch[..n];
             let result = if buffered {
                 self.input.extend_from_slice(fresh);
-                let (used, result) = f(&self.input[self.consumed..]);
+                let (used, result) = f(cx, &self.input[self.consumed..]);
                 self.consume(used);
                 result
             } else {
-                let (used, result) = f(fresh);
+                let (used, result) = f(cx, fresh);
                 self.input.extend_from_slice(&fresh[used..]);
                 result
             };
@@ -366,5 +394,144 @@ impl Side {
             self.fin_sent = true;
         }
         Poll::Ready(Ok(()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncWriteExt;
+
+    use super::super::testing::{Ending, read_to_end, reset, say, soon, tcp, unix};
+    use super::*;
+    use crate::error::Kind;
+
+    #[tokio::test]
+    async fn a_head_of_a_mebibyte_comes_in_small_pieces() {
+        let (mut near, mut far) = tcp().await;
+        let mut head = b"POST /build?buildargs=".to_vec();
+        head.resize((1 << 20) - 50, b'x');
+        head.extend_from_slice(b" HTTP/1.1\r\nContent-Length: 4\r\n\r\n");
+        let bytes = [&head[..], b"body"].concat();
+        let writer = tokio::spawn(async move {
+            for piece in bytes.chunks(100) {
+                far.write_all(piece).await.unwrap();
+            }
+            far
+        });
+        let request = soon(near.read_head()).await.unwrap().unwrap();
+        assert!(request.raw() == head);
+        assert_eq!(soon(near.peek(4)).await.unwrap(), b"body");
+        soon(writer).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_head_may_come_byte_by_byte_and_waiting_for_it_may_be_cancelled() {
+        let (mut near, mut far) = unix();
+        let bytes = b"\r\nGET /1 HTTP/1.1\r\nHost: a\r\n\r\nGET /2 HTTP/1.1\r\n\r\n";
+        let mut targets = Vec::new();
+        for byte in bytes {
+            say(&mut far, [*byte]).await;
+            tokio::select! {
+                biased;
+                head = near.read_head() => targets.push(head.unwrap().unwrap().target().to_string()),
+                () = tokio::task::yield_now() => {}
+            }
+        }
+        assert_eq!(targets, ["/1", "/2"]);
+        assert_eq!(near.input.capacity() + near.output.capacity(), 0, "an idle side holds memory");
+        drop(far);
+        assert_eq!(near.read_head().await.unwrap(), None);
+    }
+
+    #[tokio::test]
+    async fn two_heads_in_one_read_are_two_heads() {
+        let (mut near, mut far) = tcp().await;
+        say(&mut far, "GET /1 HTTP/1.1\r\n\r\nGET /2 HTTP/1.1\r\n\r\nGET /3 HT").await;
+        far.shutdown().await.unwrap();
+        for target in ["/1", "/2"] {
+            assert_eq!(soon(near.read_head()).await.unwrap().unwrap().target(), target);
+        }
+        match soon(near.read_head()).await {
+            Err(HeadError::Io(error)) => assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_head_that_is_not_taken_is_an_error_to_tell_the_client() {
+        let huge = [b"GET /", &vec![b'a'; 2 << 20][..]].concat();
+        for (bytes, kind) in [
+            (&b"GET / HTTP/1.1\nHost: a\n\n"[..], Kind::BadRequest),
+            (b"GET / HTTP/1.1\r\nA : b\r\n\r\n", Kind::BadRequest),
+            (&huge, Kind::HeadTooLarge),
+        ] {
+            let (mut near, mut far) = tcp().await;
+            let bytes = bytes.to_vec();
+            let writer = tokio::spawn(async move {
+                let _ = far.write_all(&bytes).await;
+                far
+            });
+            match soon(near.read_head()).await {
+                Err(HeadError::Bad(error)) => assert_eq!(error.kind, kind),
+                other => panic!("{other:?}"),
+            }
+            drop(near);
+            soon(writer).await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_connection_with_bytes_that_nobody_asked_for_is_dead() {
+        let (near, mut far) = tcp().await;
+        assert!(!near.is_dead());
+        say(&mut far, "HTTP/1.1 408 Request Timeout\r\n\r\n").await;
+        soon(async {
+            while !near.is_dead() {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn the_peers_state_is_seen_behind_unread_bytes() {
+        let (near, mut far) = tcp().await;
+        say(&mut far, "unread").await;
+        assert_eq!(near.peer(), Peer::Open);
+        far.shutdown().await.unwrap();
+        let seen = |wanted| {
+            let near = &near;
+            async move {
+                while near.peer() != wanted {
+                    tokio::task::yield_now().await;
+                }
+            }
+        };
+        soon(seen(Peer::Finished)).await;
+        reset(far);
+        soon(seen(Peer::Reset)).await;
+    }
+
+    #[tokio::test]
+    async fn an_abort_is_a_reset_and_a_close_is_not() {
+        let ((mut a, mut far_a), (mut b, mut far_b), (mut c, mut far_c)) = (tcp().await, tcp().await, unix());
+        a.abort();
+        b.close();
+        c.abort();
+        assert_eq!(read_to_end(&mut far_a).await.1, Ending::Rst);
+        assert_eq!(read_to_end(&mut far_b).await.1, Ending::Fin);
+        assert_eq!(read_to_end(&mut far_c).await.1, Ending::Fin);
+        assert!(a.is_closed() && a.is_dead() && a.fill().await.is_err());
+    }
+
+    #[tokio::test]
+    async fn unread_bytes_come_first() {
+        let (mut near, mut far) = unix();
+        say(&mut far, "cd").await;
+        near.unread(b"ab");
+        assert_eq!(soon(near.peek(4)).await.unwrap(), b"abcd");
+        near.consume(3);
+        assert_eq!(near.buffered(), b"d");
+        assert_eq!(near.into_parts().1, b"d");
     }
 }

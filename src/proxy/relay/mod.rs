@@ -7,6 +7,9 @@ pub mod head;
 pub mod io;
 pub mod tunnel;
 
+#[cfg(test)]
+mod testing;
+
 pub use exchange::{DaemonFailure, Exchange, Observer, Options, Outcome, exchange, refuse};
 pub use framing::Body;
 pub use head::{Framing, MAX_HEAD, RequestHead, ResponseHead, Version};
