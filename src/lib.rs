@@ -2,5 +2,7 @@
 
 pub mod engine;
 pub mod error;
+pub mod metrics;
+pub mod pool;
 pub mod provision;
 pub mod proxy;

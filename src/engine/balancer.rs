@@ -1,0 +1,124 @@
+//! Which daemon a new session gets: the one with the least expected wait.
+//!
+//! Expected wait is work against capacity, so a daemon of eight slots with four in use equals one of two with
+//! one in use. Leases without work come second: a session between two builds will work again where it is.
+//! What still ties is drawn at random, because any fixed order would send every burst to the same daemon.
+
+use super::daemon::Daemon;
+use super::model::DaemonId;
+
+/// A small deterministic generator (SplitMix64, Steele et al. 2014), seeded by the shell.
+#[derive(Debug, Clone)]
+pub(super) struct Random(u64);
+
+impl Random {
+    pub fn new(seed: u64) -> Self {
+        Random(seed)
+    }
+
+    /// The next 64 bits.
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        mix(self.0)
+    }
+
+    /// A number below `n`, which is at least 1. The bias of the remainder does not matter for a tie-break.
+    pub fn below(&mut self, n: u64) -> u64 {
+        self.next() % n
+    }
+}
+
+fn mix(mut z: u64) -> u64 {
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
+}
+
+/// The daemon with the least expected wait among `daemons`.
+pub(super) fn least_wait<'a>(
+    daemons: impl Iterator<Item = &'a Daemon>,
+    random: &mut Random,
+) -> Option<&'a DaemonId> {
+    let mut best: Option<(&Daemon, u64)> = None;
+    for daemon in daemons {
+        let Some((leader, ties)) = best else {
+            best = Some((daemon, 1));
+            continue;
+        };
+        // a/b < c/d without division, so that equal loads are exactly equal.
+        let load = |d: &Daemon, other: &Daemon| {
+            let capacity = u64::from(other.slots.max(1));
+            (u64::from(d.used) * capacity, d.sessions.len() as u64 * capacity)
+        };
+        match load(daemon, leader).cmp(&load(leader, daemon)) {
+            std::cmp::Ordering::Less => best = Some((daemon, 1)),
+            // Reservoir sampling: each of n equals ends up chosen with probability 1/n.
+            std::cmp::Ordering::Equal if random.below(ties + 1) == 0 => best = Some((daemon, ties + 1)),
+            std::cmp::Ordering::Equal => best = Some((leader, ties + 1)),
+            std::cmp::Ordering::Greater => {}
+        }
+    }
+    best.map(|(daemon, _)| &daemon.id)
+}
+
+/// The daemon that reads of an unbound session go to: always the same one for the same key (rendezvous
+/// hashing), without keeping anything about it.
+pub(super) fn rendezvous<'a>(daemons: impl Iterator<Item = &'a Daemon>, key: &str) -> Option<&'a DaemonId> {
+    daemons.map(|d| &d.id).max_by_key(|id| mix(hash(key) ^ hash(id.as_str()).rotate_left(32)))
+}
+
+/// FNV-1a, stable between processes and versions, unlike the standard library's hasher.
+fn hash(text: &str) -> u64 {
+    text.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0000_0100_0000_01B3))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn daemon(id: &str, used: u32, slots: u32) -> Daemon {
+        let mut daemon = Daemon::new(id.into(), Some(slots));
+        daemon.used = used;
+        daemon
+    }
+
+    #[test]
+    fn the_least_share_in_use_wins() {
+        let pool = [daemon("a", 2, 4), daemon("b", 1, 4), daemon("c", 1, 2)];
+        assert_eq!(least_wait(pool.iter(), &mut Random::new(1)).unwrap().as_str(), "b");
+    }
+
+    #[test]
+    fn leases_without_work_break_a_tie() {
+        let mut pool = [daemon("a", 0, 2), daemon("b", 0, 2)];
+        pool[0].sessions.insert("k".into());
+        for seed in 0..20 {
+            assert_eq!(least_wait(pool.iter(), &mut Random::new(seed)).unwrap().as_str(), "b");
+        }
+    }
+
+    #[test]
+    fn ties_are_drawn_evenly() {
+        let pool = [daemon("a", 0, 2), daemon("b", 0, 2), daemon("c", 0, 2)];
+        let mut random = Random::new(7);
+        let mut counts = std::collections::BTreeMap::new();
+        for _ in 0..3000 {
+            *counts.entry(least_wait(pool.iter(), &mut random).unwrap().clone()).or_insert(0) += 1;
+        }
+        assert!(counts.values().all(|n| (850..1150).contains(n)), "{counts:?}");
+    }
+
+    #[test]
+    fn reads_stay_and_move_only_with_their_daemon() {
+        let pool = [daemon("a", 0, 2), daemon("b", 0, 2), daemon("c", 0, 2)];
+        for i in 0..50 {
+            let key = format!("ip:10.0.0.{i}");
+            let home = rendezvous(pool.iter(), &key).unwrap();
+            assert_eq!(rendezvous(pool.iter().filter(|d| d.id != "x".into()), &key).unwrap(), home);
+            let others = || pool.iter().filter(|d| d.id.as_str() != "c");
+            if home.as_str() != "c" {
+                assert_eq!(rendezvous(others(), &key).unwrap(), home);
+            }
+        }
+    }
+}

@@ -1,0 +1,243 @@
+//! Which daemon has which container, network, volume, exec and BuildKit session, and whose it is.
+//!
+//! Ids are facts: they route wherever the object is. Names are not: `db` and `app_default` exist on many
+//! daemons, so a name means the session's own one first, and another daemon's only when it is the only one.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use super::model::{DaemonId, Kind, SessionKey, Tenant, Time};
+
+/// Execs stay until their container goes, because the CLI inspects them after they ended; a long-lived
+/// container with a health check would collect them for ever, so the oldest are forgotten beyond this.
+const EXECS: usize = 20_000;
+/// Ids of objects that went with their daemon, kept so that their users get a true answer.
+const LOST: usize = 20_000;
+
+/// An object on a daemon.
+#[derive(Debug, Clone)]
+pub(super) struct Object {
+    pub name: Option<String>,
+    pub tenant: Option<Tenant>,
+    pub owner: Option<SessionKey>,
+    /// A container that counts as a unit of work: created a moment ago, or running.
+    pub live: bool,
+    /// Whether it has run at all: a container that is never started stops counting after a minute.
+    pub started: bool,
+    pub seen: Time,
+}
+
+/// All objects of all daemons.
+#[derive(Debug, Default)]
+pub(super) struct Objects {
+    by_id: BTreeMap<(Kind, String), BTreeMap<DaemonId, Object>>,
+    by_name: BTreeMap<(Kind, String), BTreeSet<(DaemonId, String)>>,
+    execs: VecDeque<String>,
+    lost: BTreeMap<String, DaemonId>,
+    lost_order: VecDeque<String>,
+}
+
+impl Objects {
+    /// Adds an object, or completes one that is known. Returns whether it is new.
+    pub fn add(&mut self, daemon: &DaemonId, kind: Kind, id: &str, name: Option<&str>, now: Time) -> bool {
+        let entry = self.by_id.entry((kind, id.to_string())).or_default();
+        let new = !entry.contains_key(daemon);
+        let object = entry.entry(daemon.clone()).or_insert(Object {
+            name: None,
+            tenant: None,
+            owner: None,
+            live: false,
+            started: false,
+            seen: now,
+        });
+        if let Some(name) = name
+            && object.name.as_deref() != Some(name)
+        {
+            let old = object.name.replace(name.to_string());
+            if let Some(old) = old {
+                self.unname(kind, &old, daemon, id);
+            }
+            self.by_name
+                .entry((kind, name.to_string()))
+                .or_default()
+                .insert((daemon.clone(), id.to_string()));
+        }
+        if new && kind == Kind::Exec {
+            self.execs.push_back(id.to_string());
+            if self.execs.len() > EXECS
+                && let Some(oldest) = self.execs.pop_front()
+            {
+                self.by_id.remove(&(Kind::Exec, oldest));
+            }
+        }
+        new
+    }
+
+    fn unname(&mut self, kind: Kind, name: &str, daemon: &DaemonId, id: &str) {
+        let key = (kind, name.to_string());
+        if let Some(set) = self.by_name.get_mut(&key) {
+            set.remove(&(daemon.clone(), id.to_string()));
+            if set.is_empty() {
+                self.by_name.remove(&key);
+            }
+        }
+    }
+
+    /// Removes an object and returns what it was.
+    pub fn remove(&mut self, daemon: &DaemonId, kind: Kind, id: &str) -> Option<Object> {
+        let key = (kind, id.to_string());
+        let entry = self.by_id.get_mut(&key)?;
+        let object = entry.remove(daemon)?;
+        if entry.is_empty() {
+            self.by_id.remove(&key);
+        }
+        if let Some(name) = &object.name {
+            self.unname(kind, name, daemon, id);
+        }
+        Some(object)
+    }
+
+    /// The object itself.
+    pub fn get(&self, daemon: &DaemonId, kind: Kind, id: &str) -> Option<&Object> {
+        self.by_id.get(&(kind, id.to_string()))?.get(daemon)
+    }
+
+    /// The object itself, to be changed.
+    pub fn get_mut(&mut self, daemon: &DaemonId, kind: Kind, id: &str) -> Option<&mut Object> {
+        self.by_id.get_mut(&(kind, id.to_string()))?.get_mut(daemon)
+    }
+
+    /// The daemons on which `reference` means an object that `tenant` may use: by full id, else by name, else
+    /// by id prefix (the order in which dockerd itself resolves it).
+    pub fn resolve(&self, kind: Kind, reference: &str, tenant: &Tenant) -> Vec<DaemonId> {
+        let visible = |o: &Object| o.tenant.as_ref().is_none_or(|t| t == tenant);
+        if let Some(entry) = self.by_id.get(&(kind, reference.to_string())) {
+            return entry.iter().filter(|(_, o)| visible(o)).map(|(d, _)| d.clone()).collect();
+        }
+        if let Some(set) = self.by_name.get(&(kind, reference.to_string())) {
+            let mut daemons: Vec<DaemonId> = set
+                .iter()
+                .filter(|(d, id)| self.get(d, kind, id).is_some_and(visible))
+                .map(|(d, _)| d.clone())
+                .collect();
+            daemons.dedup();
+            if !daemons.is_empty() {
+                return daemons;
+            }
+        }
+        let prefixed = matches!(kind, Kind::Container | Kind::Network);
+        if !prefixed || reference.is_empty() || !reference.bytes().all(|b| b.is_ascii_hexdigit()) {
+            return Vec::new();
+        }
+        let mut daemons: BTreeSet<DaemonId> = BTreeSet::new();
+        for ((k, id), entry) in self.by_id.range((kind, reference.to_string())..) {
+            if *k != kind || !id.starts_with(reference) {
+                break;
+            }
+            daemons.extend(entry.iter().filter(|(_, o)| visible(o)).map(|(d, _)| d.clone()));
+        }
+        daemons.into_iter().collect()
+    }
+
+    /// Removes everything of `kinds` on `daemon` that `keep` does not want, and returns it.
+    pub fn retain(
+        &mut self,
+        daemon: &DaemonId,
+        kinds: &[Kind],
+        keep: impl Fn(Kind, &str, &Object) -> bool,
+    ) -> Vec<(Kind, String, Object)> {
+        let doomed: Vec<(Kind, String)> = self
+            .by_id
+            .iter()
+            .filter(|((kind, id), entry)| {
+                kinds.contains(kind) && entry.get(daemon).is_some_and(|o| !keep(*kind, id, o))
+            })
+            .map(|(key, _)| key.clone())
+            .collect();
+        doomed
+            .into_iter()
+            .filter_map(|(kind, id)| self.remove(daemon, kind, &id).map(|o| (kind, id, o)))
+            .collect()
+    }
+
+    /// Removes everything on `daemon`, and remembers the ids as lost.
+    pub fn lose(&mut self, daemon: &DaemonId) {
+        let all = [Kind::Container, Kind::Network, Kind::Volume, Kind::Exec, Kind::BuildSession];
+        for (kind, id, _) in self.retain(daemon, &all, |_, _, _| false) {
+            if matches!(kind, Kind::Container | Kind::Exec) {
+                self.lost_order.push_back(id.clone());
+                self.lost.insert(id, daemon.clone());
+                if self.lost_order.len() > LOST
+                    && let Some(oldest) = self.lost_order.pop_front()
+                {
+                    self.lost.remove(&oldest);
+                }
+            }
+        }
+    }
+
+    /// The daemon that a full id went with.
+    pub fn lost_with(&self, id: &str) -> Option<&DaemonId> {
+        self.lost.get(id)
+    }
+
+    /// Every object, for the invariants.
+    pub fn iter(&self) -> impl Iterator<Item = (Kind, &str, &DaemonId, &Object)> {
+        self.by_id
+            .iter()
+            .flat_map(|((kind, id), entry)| entry.iter().map(move |(d, o)| (*kind, id.as_str(), d, o)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NOW: Time = Time::ZERO;
+
+    fn objects() -> (Objects, DaemonId, DaemonId, Tenant) {
+        let (a, b) = (DaemonId::from("a"), DaemonId::from("b"));
+        let mut objects = Objects::default();
+        objects.add(&a, Kind::Container, "aa11", Some("db"), NOW);
+        objects.add(&b, Kind::Container, "aa22", Some("db"), NOW);
+        objects.add(&b, Kind::Container, "cc33", Some("web"), NOW);
+        (objects, a, b, Tenant::from("default"))
+    }
+
+    #[test]
+    fn ids_names_and_prefixes_resolve_in_dockers_order() {
+        let (objects, a, b, tenant) = objects();
+        assert_eq!(objects.resolve(Kind::Container, "aa11", &tenant), vec![a.clone()]);
+        assert_eq!(objects.resolve(Kind::Container, "db", &tenant), vec![a.clone(), b.clone()]);
+        assert_eq!(objects.resolve(Kind::Container, "web", &tenant), vec![b.clone()]);
+        assert_eq!(objects.resolve(Kind::Container, "aa", &tenant), vec![a, b.clone()]);
+        assert_eq!(objects.resolve(Kind::Container, "cc", &tenant), vec![b]);
+        assert!(objects.resolve(Kind::Container, "dd", &tenant).is_empty());
+        assert!(objects.resolve(Kind::Network, "db", &tenant).is_empty());
+    }
+
+    #[test]
+    fn another_tenants_objects_are_not_seen() {
+        let (mut objects, a, b, tenant) = objects();
+        if let Some(object) = objects.get_mut(&b, Kind::Container, "aa22") {
+            object.tenant = Some(Tenant::from("other"));
+        }
+        assert_eq!(objects.resolve(Kind::Container, "db", &tenant), vec![a]);
+    }
+
+    #[test]
+    fn a_rename_moves_the_name() {
+        let (mut objects, _, b, tenant) = objects();
+        objects.add(&b, Kind::Container, "cc33", Some("front"), NOW);
+        assert!(objects.resolve(Kind::Container, "web", &tenant).is_empty());
+        assert_eq!(objects.resolve(Kind::Container, "front", &tenant), vec![b]);
+    }
+
+    #[test]
+    fn what_went_with_its_daemon_is_remembered_as_lost() {
+        let (mut objects, a, b, tenant) = objects();
+        objects.lose(&b);
+        assert_eq!(objects.resolve(Kind::Container, "db", &tenant), vec![a]);
+        assert_eq!(objects.lost_with("cc33"), Some(&b));
+        assert_eq!(objects.lost_with("aa11"), None);
+    }
+}

@@ -1,0 +1,107 @@
+//! One session: its binding, its units of work, and what it owns.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::model::{DaemonId, Kind, LeaseId, SessionKey, Tenant, Time};
+
+/// Where a session belongs.
+#[derive(Debug, Clone)]
+pub struct Home {
+    /// The daemon.
+    pub daemon: DaemonId,
+    /// The lease, while it lives. Without one the home is an affinity, or only a memory.
+    pub lease: Option<LeaseId>,
+    /// Since when.
+    pub since: Time,
+}
+
+/// Something of a session's that exists on its home only.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Owned {
+    Object(Kind, String),
+    /// An unpushed image, by reference.
+    Image(String),
+}
+
+/// Everything that must reach the same daemon.
+#[derive(Debug, Clone)]
+pub struct Session {
+    /// Who it belongs to.
+    pub tenant: Tenant,
+    /// The key of its source when its own is explicit.
+    pub source: Option<SessionKey>,
+    /// Its binding.
+    pub home: Option<Home>,
+    /// The daemon that it lost, until it starts work again.
+    pub lost: Option<DaemonId>,
+    /// Requests and streams that are open.
+    pub open: u32,
+    /// Builds under way.
+    pub builds: u32,
+    /// Other units of work under way, which share one slot: pulls, loads, creates, BuildKit connections.
+    pub others: u32,
+    /// Its containers that are a unit of work, on its home.
+    pub live: BTreeSet<String>,
+    /// The same on other daemons, where an image or a name led.
+    pub(super) foreign: BTreeMap<DaemonId, BTreeSet<String>>,
+    pub(super) owned: BTreeSet<Owned>,
+    /// Slots that it holds on its home.
+    pub slots: u32,
+    /// Until when it keeps its last slot without work.
+    pub(super) linger: Option<Time>,
+    /// Since when nothing of it is open.
+    pub(super) idle: Time,
+    /// When the engine looks at it again.
+    pub(super) timer: Option<Time>,
+}
+
+impl Session {
+    pub(super) fn new(tenant: Tenant, source: Option<SessionKey>, now: Time) -> Self {
+        Session {
+            tenant,
+            source,
+            home: None,
+            lost: None,
+            open: 0,
+            builds: 0,
+            others: 0,
+            live: BTreeSet::new(),
+            foreign: BTreeMap::new(),
+            owned: BTreeSet::new(),
+            slots: 0,
+            linger: None,
+            idle: now,
+            timer: None,
+        }
+    }
+
+    /// The lease, while it lives.
+    pub fn lease(&self) -> Option<LeaseId> {
+        self.home.as_ref()?.lease
+    }
+
+    /// Whether a unit of work is under way on its home.
+    pub fn works(&self) -> bool {
+        self.builds + self.others > 0 || !self.live.is_empty()
+    }
+
+    /// Whether anything keeps the lease alive.
+    pub(super) fn busy(&self) -> bool {
+        self.open > 0 || self.works()
+    }
+
+    /// The daemon that all its calls go to: by lease, or because it owns something there.
+    pub(super) fn bound_to(&self) -> Option<&DaemonId> {
+        self.home.as_ref().filter(|h| h.lease.is_some() || !self.owned.is_empty()).map(|h| &h.daemon)
+    }
+
+    /// Whether it may be given another home: nothing of it is open, runs, or exists only there.
+    pub(super) fn movable(&self) -> bool {
+        !self.busy() && self.owned.is_empty()
+    }
+
+    /// The slots that its work wants: one for each concurrent build, one for all the rest.
+    pub(super) fn wants(&self) -> u32 {
+        self.builds.max(u32::from(self.works()))
+    }
+}

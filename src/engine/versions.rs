@@ -1,0 +1,63 @@
+//! Which API versions a pool of different daemons can promise (design, decision 11).
+
+use std::collections::BTreeMap;
+
+use super::model::{ApiVersion, DaemonId};
+
+/// The API range that a pool advertises, and the daemons that do not fit into it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Range {
+    /// The highest minimum of the daemons that fit.
+    pub min: ApiVersion,
+    /// The lowest maximum of the daemons that fit.
+    pub max: ApiVersion,
+    /// Daemons whose range does not meet the others'.
+    pub misfits: Vec<DaemonId>,
+}
+
+/// The range that most daemons share; on a tie the newer one. `None` without daemons.
+///
+/// Intervals have a common point exactly when the highest minimum does not exceed the lowest maximum, and some
+/// interval's minimum is such a point, so only minima need to be tried.
+pub(super) fn common(daemons: &BTreeMap<DaemonId, (ApiVersion, ApiVersion)>) -> Option<Range> {
+    let fits =
+        |point: ApiVersion| daemons.values().filter(|(min, max)| (*min..=*max).contains(&point)).count();
+    let point = daemons.values().map(|(min, _)| *min).max_by_key(|point| (fits(*point), *point))?;
+    let inside = || daemons.values().filter(|(min, max)| (*min..=*max).contains(&point));
+    Some(Range {
+        min: inside().map(|(min, _)| *min).max()?,
+        max: inside().map(|(_, max)| *max).min()?,
+        misfits: daemons
+            .iter()
+            .filter(|(_, (min, max))| !(*min..=*max).contains(&point))
+            .map(|(id, _)| id.clone())
+            .collect(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pool(ranges: &[(&str, u16, u16)]) -> BTreeMap<DaemonId, (ApiVersion, ApiVersion)> {
+        ranges.iter().map(|(id, min, max)| (DaemonId::from(*id), ((1, *min), (1, *max)))).collect()
+    }
+
+    #[test]
+    fn a_mixed_pool_promises_what_all_serve() {
+        let range =
+            common(&pool(&[("20", 12, 41), ("26", 24, 45), ("28", 24, 51), ("29.7", 40, 55)])).unwrap();
+        assert_eq!((range.min, range.max, range.misfits), ((1, 40), (1, 41), vec![]));
+    }
+
+    #[test]
+    fn a_daemon_that_meets_nobody_is_refused() {
+        let range = common(&pool(&[("20", 12, 41), ("28", 24, 51), ("29.0", 44, 52)])).unwrap();
+        assert_eq!((range.min, range.max, range.misfits), ((1, 44), (1, 51), vec![DaemonId::from("20")]));
+    }
+
+    #[test]
+    fn no_daemons_no_range() {
+        assert_eq!(common(&pool(&[])), None);
+    }
+}

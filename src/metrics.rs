@@ -1,0 +1,176 @@
+//! Every metric, in one struct on a registry that is passed in. Names in one place, base units, bounded labels:
+//! a label is a daemon's name or one of a fixed set of words, never a key, a path or an address of a client.
+
+use prometheus::{
+    Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+};
+
+use crate::engine::model::{Health, State};
+use crate::pool::status::Status;
+
+/// The metrics of one proxy.
+#[derive(Debug, Clone)]
+pub struct Metrics {
+    registry: Registry,
+    daemons: IntGaugeVec,
+    daemon_up: IntGaugeVec,
+    slots: IntGaugeVec,
+    slots_used: IntGaugeVec,
+    daemon_sessions: IntGaugeVec,
+    sessions: IntGauge,
+    waiting: IntGauge,
+    images: IntGauge,
+    /// Client connections that are open, by listener kind (`tcp`, `unix`).
+    pub connections: IntGaugeVec,
+    /// Client connections accepted, by listener kind.
+    pub accepted: IntCounterVec,
+    /// Requests finished, by class and outcome.
+    pub requests: IntCounterVec,
+    /// Errors that the proxy itself answered, by whose fault.
+    pub errors: IntCounterVec,
+    /// Exchanges and tunnels that are open, by kind (`exchange`, `tunnel`).
+    pub streams: IntGaugeVec,
+    /// Bytes relayed, by direction (`up` to daemons, `down` to clients).
+    pub bytes: IntCounterVec,
+    /// What the proxy adds before a request reaches its daemon: key, admission, connection.
+    pub added: Histogram,
+    /// Leases that began.
+    pub leases: IntCounter,
+    /// Leases that were lost with their daemon.
+    pub leases_lost: IntCounter,
+    /// Probes, by outcome (`answered`, `failed`, `refused`).
+    pub probes: IntCounterVec,
+    /// Changes of a daemon's standing, by what it became.
+    pub transitions: IntCounterVec,
+    /// Requests that were tried on another daemon because the first could not be reached.
+    pub retries: IntCounter,
+}
+
+impl Metrics {
+    /// Registers everything on `registry`.
+    ///
+    /// # Errors
+    /// When a name is taken.
+    pub fn new(registry: Registry) -> prometheus::Result<Self> {
+        let gauge = |name: &str, help: &str| -> prometheus::Result<IntGauge> {
+            let metric = IntGauge::new(name, help)?;
+            registry.register(Box::new(metric.clone()))?;
+            Ok(metric)
+        };
+        let gauges = |name: &str, help: &str, labels: &[&str]| -> prometheus::Result<IntGaugeVec> {
+            let metric = IntGaugeVec::new(Opts::new(name, help), labels)?;
+            registry.register(Box::new(metric.clone()))?;
+            Ok(metric)
+        };
+        let counter = |name: &str, help: &str| -> prometheus::Result<IntCounter> {
+            let metric = IntCounter::new(name, help)?;
+            registry.register(Box::new(metric.clone()))?;
+            Ok(metric)
+        };
+        let counters = |name: &str, help: &str, labels: &[&str]| -> prometheus::Result<IntCounterVec> {
+            let metric = IntCounterVec::new(Opts::new(name, help), labels)?;
+            registry.register(Box::new(metric.clone()))?;
+            Ok(metric)
+        };
+        let added = Histogram::with_opts(
+            HistogramOpts::new(
+                "dindpool_added_seconds",
+                "Time from a request's head to its daemon: session key, admission, connection.",
+            )
+            .buckets(vec![
+                0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.05, 0.25, 1.0, 10.0,
+                60.0, 600.0, 3600.0,
+            ]),
+        )?;
+        registry.register(Box::new(added.clone()))?;
+        let info = gauges("dindpool_build_info", "Always 1; the labels say what runs.", &["version"])?;
+        info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        Ok(Metrics {
+            daemons: gauges("dindpool_daemons", "Daemons by state and health.", &["state", "health"])?,
+            daemon_up: gauges("dindpool_daemon_up", "Whether a daemon takes sessions.", &["daemon"])?,
+            slots: gauges("dindpool_slots", "Slots of a daemon.", &["daemon"])?,
+            slots_used: gauges("dindpool_slots_used", "Slots of a daemon that are in use.", &["daemon"])?,
+            daemon_sessions: gauges(
+                "dindpool_daemon_sessions",
+                "Sessions with a lease on a daemon.",
+                &["daemon"],
+            )?,
+            sessions: gauge("dindpool_sessions", "Sessions with a lease.")?,
+            waiting: gauge("dindpool_queue_waiting", "Tickets that wait for a slot.")?,
+            images: gauge("dindpool_image_references", "Image references that the pool knows.")?,
+            connections: gauges("dindpool_connections", "Open client connections.", &["listener"])?,
+            accepted: counters("dindpool_connections_total", "Client connections accepted.", &["listener"])?,
+            requests: counters(
+                "dindpool_requests_total",
+                "Requests finished, by class and by how they ended.",
+                &["class", "outcome"],
+            )?,
+            errors: counters(
+                "dindpool_errors_total",
+                "Errors that the proxy itself answered, by whose fault they were.",
+                &["fault"],
+            )?,
+            streams: gauges("dindpool_streams", "Exchanges and tunnels that are open.", &["kind"])?,
+            bytes: counters("dindpool_bytes_total", "Bytes relayed, up to daemons or down.", &["direction"])?,
+            leases: counter("dindpool_leases_total", "Leases that began.")?,
+            leases_lost: counter("dindpool_leases_lost_total", "Leases lost with their daemon.")?,
+            probes: counters("dindpool_probes_total", "Probes by outcome.", &["outcome"])?,
+            transitions: counters(
+                "dindpool_daemon_transitions_total",
+                "Changes of a daemon's state or health, by what it became.",
+                &["became"],
+            )?,
+            retries: counter(
+                "dindpool_retries_total",
+                "Requests tried on another daemon because the first was not reached.",
+            )?,
+            added,
+            registry,
+        })
+    }
+
+    /// The exposition in the text format, with the gauges of the pool as `status` has them.
+    pub fn render(&self, status: &Status) -> String {
+        self.daemons.reset();
+        // A daemon that has gone leaves no series behind.
+        for gauge in [&self.daemon_up, &self.slots, &self.slots_used, &self.daemon_sessions] {
+            gauge.reset();
+        }
+        for state in ["starting", "ready", "draining"] {
+            for health in ["healthy", "ejected"] {
+                self.daemons.with_label_values(&[state, health]).set(0);
+            }
+        }
+        for daemon in &status.daemons {
+            let up = daemon.state == State::Ready && daemon.health == Health::Healthy;
+            self.daemons.with_label_values(&[state_word(daemon.state), health_word(daemon.health)]).inc();
+            let id = &[daemon.id.as_str()];
+            self.daemon_up.with_label_values(id).set(i64::from(up));
+            self.slots.with_label_values(id).set(i64::from(daemon.slots));
+            self.slots_used.with_label_values(id).set(i64::from(daemon.used));
+            self.daemon_sessions.with_label_values(id).set(daemon.sessions as i64);
+        }
+        self.sessions.set(status.sessions.len() as i64);
+        self.waiting.set(i64::from(status.queue.waiting));
+        self.images.set(status.images as i64);
+        TextEncoder::new().encode_to_string(&self.registry.gather()).unwrap_or_default()
+    }
+}
+
+/// The word for a state, in labels and tables.
+pub fn state_word(state: State) -> &'static str {
+    match state {
+        State::Starting => "starting",
+        State::Ready => "ready",
+        State::Draining => "draining",
+        State::Gone => "gone",
+    }
+}
+
+/// The word for a health, in labels and tables.
+pub fn health_word(health: Health) -> &'static str {
+    match health {
+        Health::Healthy => "healthy",
+        Health::Ejected => "ejected",
+    }
+}

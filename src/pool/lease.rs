@@ -1,0 +1,79 @@
+//! The guard of one granted request: whatever happens to its task, the slot is given back.
+
+use std::io;
+use std::sync::Arc;
+
+use super::{Handle, Pool};
+use crate::engine::model::{Event, Fact, LeaseId, OpenId, Outcome};
+use crate::provision::Stream;
+
+/// One request's hold on a daemon. Dropped without [`Lease::finish`], it counts as abandoned by its client.
+pub struct Lease {
+    pool: Arc<Pool>,
+    open: OpenId,
+    lease: Option<LeaseId>,
+    fresh: bool,
+    daemon: Arc<Handle>,
+    outcome: Outcome,
+}
+
+impl Lease {
+    pub(super) fn new(
+        pool: Arc<Pool>,
+        open: OpenId,
+        lease: Option<LeaseId>,
+        fresh: bool,
+        daemon: Arc<Handle>,
+    ) -> Self {
+        Lease { pool, open, lease, fresh, daemon, outcome: Outcome::ClientGone }
+    }
+
+    /// The daemon that the request goes to.
+    pub fn daemon(&self) -> &Arc<Handle> {
+        &self.daemon
+    }
+
+    /// Whether the request's session was bound before: then it may not be tried elsewhere.
+    pub fn is_bound(&self) -> bool {
+        self.lease.is_some() && !self.fresh
+    }
+
+    /// Opens a connection to the daemon within the pool's deadline.
+    ///
+    /// # Errors
+    /// What connect says, or that it took too long. No byte has reached the daemon then.
+    pub async fn connect(&self) -> io::Result<Stream> {
+        let deadline = self.pool.config.connect_deadline;
+        match tokio::time::timeout(deadline, self.daemon.endpoint.connect()).await {
+            Ok(result) => result,
+            Err(_) => Err(io::Error::new(
+                io::ErrorKind::TimedOut,
+                format!("no connection within {} s", deadline.as_secs()),
+            )),
+        }
+    }
+
+    /// Tells the pool what this request's response says about an object.
+    pub fn learn(&self, fact: Fact) {
+        self.pool.event(Event::Learned { daemon: self.daemon.id.clone(), open: Some(self.open), fact });
+    }
+
+    /// Tells the pool that this BuildKit connection builds.
+    pub fn build_seen(&self) {
+        self.pool.event(Event::BuildSeen(self.open));
+    }
+
+    /// The request has ended in this way.
+    pub fn finish(mut self, outcome: Outcome) {
+        self.outcome = outcome;
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        if matches!(self.outcome, Outcome::DaemonFailed | Outcome::Unreached) {
+            self.daemon.wake.notify_one();
+        }
+        self.pool.event(Event::Release { open: self.open, outcome: self.outcome });
+    }
+}

@@ -1,0 +1,493 @@
+//! The shell around the engine: one lock, held briefly and never across an await; timers; the watch on each
+//! daemon; the guard that gives a lease back.
+
+pub mod about;
+pub mod client;
+mod lease;
+pub mod status;
+mod watch;
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::task::JoinHandle;
+
+use crate::engine::model::*;
+use crate::engine::{self, Engine};
+use crate::error::{Error, Kind as ErrorKind};
+use crate::metrics::{Metrics, health_word, state_word};
+use crate::provision::{DaemonSpec, Endpoint, Observation};
+use about::About;
+pub use lease::Lease;
+use status::{DaemonStatus, QueueStatus, SessionStatus, Status};
+
+/// How the pool watches its daemons.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// What the engine is told.
+    pub engine: engine::Config,
+    /// Slots of each daemon; `None` derives them from what it says of itself.
+    pub slots: Option<u32>,
+    /// Time between two probes of a daemon that is well.
+    pub probe_interval: Duration,
+    /// How long a probe may take: a frozen daemon still accepts TCP.
+    pub probe_deadline: Duration,
+    /// How many bytes after connect a daemon's answer to a connection attempt may take.
+    pub connect_deadline: Duration,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config {
+            engine: engine::Config::default(),
+            slots: None,
+            probe_interval: Duration::from_secs(2),
+            probe_deadline: Duration::from_secs(2),
+            connect_deadline: Duration::from_secs(5),
+        }
+    }
+}
+
+/// A daemon as the proxy uses it.
+#[derive(Debug)]
+pub struct Handle {
+    /// Its name.
+    pub id: DaemonId,
+    /// Where it listens.
+    pub endpoint: Endpoint,
+    /// Where connections from its containers come from.
+    pub source_ips: Vec<IpAddr>,
+    /// Probe it now: a request has just failed.
+    wake: Notify,
+    /// List its images now.
+    relist: Notify,
+    about: Mutex<Option<Arc<About>>>,
+}
+
+/// What the proxy wants of the pool.
+#[derive(Debug, Clone)]
+pub struct Want {
+    /// Whose request it is.
+    pub key: SessionKey,
+    /// Who waits.
+    pub tenant: Tenant,
+    /// The key of the client's source, when `key` is an explicit one.
+    pub source: Option<SessionKey>,
+    /// The daemon that the client itself runs on.
+    pub inside: Option<DaemonId>,
+    /// What kind of request it is.
+    pub class: Class,
+    /// The object in its path.
+    pub target: Option<ObjectRef>,
+    /// What the daemon must have.
+    pub requirements: Requirements,
+}
+
+struct State {
+    engine: Engine,
+    daemons: BTreeMap<DaemonId, Member>,
+    /// Acquisitions without an answer. Today each is answered at once; with a queue they wait here.
+    waiting: HashMap<RequestId, oneshot::Sender<Result<Granted, Refusal>>>,
+    /// The last `/version` and ping headers of any daemon: clients negotiate also while none is there.
+    about: Option<Arc<About>>,
+    observed: Vec<DaemonSpec>,
+    problems: Vec<String>,
+    next_request: u64,
+}
+
+struct Member {
+    handle: Arc<Handle>,
+    watch: JoinHandle<()>,
+    /// It is the same daemon as this other one, listed twice.
+    alias_of: Option<DaemonId>,
+}
+
+#[derive(Debug)]
+struct Granted {
+    open: OpenId,
+    daemon: DaemonId,
+    lease: Option<LeaseId>,
+    fresh: bool,
+}
+
+/// The pool.
+pub struct Pool {
+    config: Config,
+    state: Mutex<State>,
+    metrics: Metrics,
+    origin: Instant,
+    ticked: Notify,
+    next_log: AtomicU64,
+}
+
+impl Pool {
+    /// An empty pool. `seed` decides ties.
+    pub fn new(config: Config, metrics: Metrics, seed: u64) -> Arc<Self> {
+        Arc::new(Pool {
+            state: Mutex::new(State {
+                engine: Engine::new(config.engine.clone(), seed),
+                daemons: BTreeMap::new(),
+                waiting: HashMap::new(),
+                about: None,
+                observed: Vec::new(),
+                problems: Vec::new(),
+                next_request: 0,
+            }),
+            config,
+            metrics,
+            origin: Instant::now(),
+            ticked: Notify::new(),
+            next_log: AtomicU64::new(0),
+        })
+    }
+
+    /// Takes in what the provisioner observes, and lets time pass, until the observations end.
+    pub async fn run(self: Arc<Self>, mut observations: mpsc::Receiver<Observation>) {
+        loop {
+            let due = self.lock().engine.next_tick().map(|at| self.origin + at);
+            let sleep = async {
+                match due {
+                    Some(at) => tokio::time::sleep_until(at.into()).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                observation = observations.recv() => match observation {
+                    Some(observation) => self.observe(observation),
+                    None => break,
+                },
+                () = sleep => self.event(Event::Tick),
+                () = self.ticked.notified() => {}
+            }
+        }
+        for (_, member) in std::mem::take(&mut self.lock().daemons) {
+            member.watch.abort();
+        }
+    }
+
+    /// A daemon for one request, with the guard that gives it back.
+    ///
+    /// # Errors
+    /// When no daemon can take it; the message says what was tried.
+    pub async fn acquire(self: &Arc<Self>, want: &Want) -> Result<Lease, Error> {
+        if want.requirements.image.is_some() {
+            self.refresh_images().await;
+        }
+        let (answer, granted) = oneshot::channel();
+        {
+            let mut state = self.lock();
+            state.next_request += 1;
+            let request = RequestId(state.next_request);
+            state.waiting.insert(request, answer);
+            let acquire = Acquire {
+                request,
+                key: want.key.clone(),
+                tenant: want.tenant.clone(),
+                source: want.source.clone(),
+                inside: want.inside.clone(),
+                class: want.class,
+                target: want.target.clone(),
+                requirements: want.requirements.clone(),
+                deadline: None,
+            };
+            self.handle(&mut state, Event::Acquire(acquire));
+        }
+        let granted = match granted.await {
+            Ok(Ok(granted)) => granted,
+            Ok(Err(refusal)) => return Err(refused(refusal)),
+            Err(_) => return Err(Error::new(ErrorKind::ShuttingDown, "dindpool is shutting down")),
+        };
+        let handle = self.lock().daemons.get(&granted.daemon).map(|m| m.handle.clone());
+        match handle {
+            Some(handle) => Ok(Lease::new(self.clone(), granted.open, granted.lease, granted.fresh, handle)),
+            None => {
+                self.event(Event::Release { open: granted.open, outcome: Outcome::Unreached });
+                Err(Error::new(ErrorKind::SessionLost, format!("daemon {} has gone", granted.daemon)))
+            }
+        }
+    }
+
+    /// The daemon, if any, whose containers' connections come from `ip`.
+    pub fn inside(&self, ip: IpAddr) -> Option<DaemonId> {
+        let state = self.lock();
+        state.daemons.values().find(|m| m.handle.source_ips.contains(&ip)).map(|m| m.handle.id.clone())
+    }
+
+    /// The API range that the pool advertises, and what its daemons (the session's own, if it is bound) say of
+    /// themselves. `None` until a daemon has answered.
+    pub fn about(&self, key: Option<&SessionKey>) -> Option<(ApiVersion, ApiVersion, Arc<About>)> {
+        let state = self.lock();
+        let (min, max) = state.engine.api_range()?;
+        let own = key.and_then(|key| state.engine.home(key)).and_then(|id| state.daemons.get(id));
+        let own = own.and_then(|m| lock(&m.handle.about).clone());
+        let about = own.or_else(|| state.about.clone())?;
+        Some((min, max, about))
+    }
+
+    /// Whether at least one daemon takes sessions.
+    pub fn is_ready(&self) -> bool {
+        self.lock().engine.daemons().any(|d| d.takes_sessions())
+    }
+
+    /// The pool now.
+    pub fn status(&self) -> Status {
+        let now = self.now();
+        let state = self.lock();
+        let version = |v: ApiVersion| format!("{}.{}", v.0, v.1);
+        Status {
+            version: env!("CARGO_PKG_VERSION").into(),
+            api: state.engine.api_range().map(|(min, max)| (version(min), version(max))),
+            daemons: state
+                .engine
+                .daemons()
+                .map(|d| DaemonStatus {
+                    id: d.id.to_string(),
+                    address: state
+                        .daemons
+                        .get(&d.id)
+                        .map(|m| m.handle.endpoint.to_string())
+                        .unwrap_or_default(),
+                    state: d.state,
+                    health: if d.misfit { Health::Ejected } else { d.health },
+                    reason: d.reason.clone(),
+                    version: d.facts.as_ref().map(|f| f.version.clone()).unwrap_or_default(),
+                    slots: d.slots,
+                    used: d.used,
+                    sessions: d.sessions.len(),
+                })
+                .collect(),
+            sessions: state
+                .engine
+                .sessions()
+                .filter_map(|(key, s)| {
+                    let home = s.home.as_ref().filter(|h| h.lease.is_some())?;
+                    Some(SessionStatus {
+                        key: key.to_string(),
+                        tenant: s.tenant.to_string(),
+                        daemon: home.daemon.to_string(),
+                        slots: s.slots,
+                        open: s.open,
+                        containers: s.live.len(),
+                        since: now.saturating_sub(home.since).as_secs_f64(),
+                    })
+                })
+                .collect(),
+            queue: QueueStatus { waiting: u32::try_from(state.waiting.len()).unwrap_or(u32::MAX) },
+            problems: state.problems.clone(),
+            images: state.engine.image_count(),
+        }
+    }
+
+    /// The metrics that this pool counts on.
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+
+    /// How the pool was configured.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// A number for the next request's log line and error message.
+    pub fn next_log_id(&self) -> u64 {
+        self.next_log.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    fn now(&self) -> Time {
+        self.origin.elapsed()
+    }
+
+    /// The one lock. A poisoned one is used on: a panic in one connection is that connection's end only, and
+    /// the engine's own checks are what guards its state.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
+
+    fn event(&self, event: Event) {
+        let mut state = self.lock();
+        self.handle(&mut state, event);
+    }
+
+    /// Hands an event to the engine and carries out what comes of it.
+    fn handle(&self, state: &mut State, event: Event) {
+        let due = state.engine.next_tick();
+        for effect in state.engine.handle(event, self.now()) {
+            self.carry_out(state, effect);
+        }
+        let next = state.engine.next_tick();
+        if next.is_some_and(|next| due.is_none_or(|due| next < due)) {
+            self.ticked.notify_one();
+        }
+    }
+
+    fn carry_out(&self, state: &mut State, effect: Effect) {
+        match effect {
+            Effect::Granted { request, open, daemon, lease, fresh } => {
+                let granted = Granted { open, daemon, lease, fresh };
+                let gone = match state.waiting.remove(&request) {
+                    Some(answer) => answer.send(Ok(granted)).is_err(),
+                    None => true,
+                };
+                if gone {
+                    // Nobody waits any more: give it straight back.
+                    let outcome = Outcome::ClientGone;
+                    for effect in state.engine.handle(Event::Release { open, outcome }, self.now()) {
+                        self.carry_out(state, effect);
+                    }
+                }
+            }
+            Effect::Refused { request, refusal } => {
+                if let Some(answer) = state.waiting.remove(&request) {
+                    let _ = answer.send(Err(refusal));
+                }
+            }
+            Effect::LeaseStarted { key, lease, daemon } => {
+                self.metrics.leases.inc();
+                tracing::info!(session = %key, lease = lease.number, %daemon, "session bound");
+            }
+            Effect::LeaseEnded { key, lease, daemon, lasted, lost } => {
+                let seconds = lasted.as_secs_f64();
+                if lost {
+                    self.metrics.leases_lost.inc();
+                    tracing::warn!(session = %key, lease = lease.number, %daemon, seconds, "session lost");
+                } else {
+                    tracing::info!(session = %key, lease = lease.number, %daemon, seconds, "lease ended");
+                }
+            }
+            Effect::DaemonChanged { daemon, state, health, reason } => {
+                let became = match (state, health) {
+                    (engine::model::State::Ready, Health::Ejected) => "ejected",
+                    _ => state_word(state),
+                };
+                self.metrics.transitions.with_label_values(&[became]).inc();
+                let (state, health) = (state_word(state), health_word(health));
+                if became == "ready" {
+                    tracing::info!(%daemon, state, health, "daemon ready");
+                } else {
+                    tracing::warn!(%daemon, state, health, reason, "daemon {became}");
+                }
+            }
+        }
+    }
+
+    fn observe(self: &Arc<Self>, observation: Observation) {
+        let mut state = self.lock();
+        for problem in &observation.problems {
+            if !state.problems.contains(problem) {
+                tracing::warn!("{problem}");
+            }
+        }
+        state.problems = observation.problems;
+        state.observed = observation.daemons;
+        self.reconcile(&mut state);
+    }
+
+    /// Brings the watches and the engine in line with what was observed last, aliases left out.
+    fn reconcile(self: &Arc<Self>, state: &mut State) {
+        let specs = state.observed.clone();
+        let gone: Vec<DaemonId> = state
+            .daemons
+            .iter()
+            .filter(|(id, member)| {
+                // Another address under the same name is another daemon.
+                !specs.iter().any(|s| s.id == id.as_str() && s.endpoint == member.handle.endpoint)
+            })
+            .map(|(id, _)| id.clone())
+            .collect();
+        for id in gone {
+            if let Some(member) = state.daemons.remove(&id) {
+                member.watch.abort();
+            }
+            // Its aliases stand for themselves again.
+            for member in state.daemons.values_mut().filter(|m| m.alias_of.as_ref() == Some(&id)) {
+                member.alias_of = None;
+                member.handle.wake.notify_one();
+            }
+        }
+        for spec in &specs {
+            let id = DaemonId::from(spec.id.as_str());
+            if state.daemons.contains_key(&id) {
+                continue;
+            }
+            let handle = Arc::new(Handle {
+                id: id.clone(),
+                endpoint: spec.endpoint.clone(),
+                source_ips: spec.source_ips.clone(),
+                wake: Notify::new(),
+                relist: Notify::new(),
+                about: Mutex::new(None),
+            });
+            let watch = tokio::spawn(watch::watch(self.clone(), handle.clone()));
+            state.daemons.insert(id, Member { handle, watch, alias_of: None });
+        }
+        let observed = specs
+            .iter()
+            .filter(|spec| {
+                state.daemons.get(&DaemonId::from(spec.id.as_str())).is_some_and(|m| m.alias_of.is_none())
+            })
+            .map(|spec| Observed {
+                id: spec.id.as_str().into(),
+                draining: spec.draining,
+                pending: spec.pending.clone(),
+                slots: self.config.slots,
+            })
+            .collect();
+        self.handle(state, Event::Observed(observed));
+    }
+
+    /// Lists the images of daemons where BuildKit builds have ended, before a request goes by an image's name.
+    async fn refresh_images(self: &Arc<Self>) {
+        let stale: Vec<Arc<Handle>> = {
+            let state = self.lock();
+            let stale = state.engine.stale_images();
+            stale.iter().filter_map(|id| state.daemons.get(id)).map(|m| m.handle.clone()).collect()
+        };
+        let mut lists = tokio::task::JoinSet::new();
+        for handle in stale {
+            let pool = self.clone();
+            lists.spawn(async move { watch::list_images(&pool, &handle).await });
+        }
+        while lists.join_next().await.is_some() {}
+    }
+
+    /// The `/version` document of a daemon became known.
+    fn know(&self, handle: &Handle, about: About) {
+        let about = Arc::new(about);
+        *lock(&handle.about) = Some(about.clone());
+        self.lock().about = Some(about);
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn refused(refusal: Refusal) -> Error {
+    match refusal {
+        Refusal::NoDaemon(message) => Error::new(ErrorKind::NoDaemon, message),
+        Refusal::ApiVersion(message) => Error::new(ErrorKind::BadRequest, message),
+        Refusal::Ambiguous(message) => Error::new(ErrorKind::NotFound, message),
+        Refusal::SessionLost(message) => Error::new(ErrorKind::SessionLost, message),
+    }
+}
+
+/// `/version` as the pool answers it: what a daemon says, with the pool's own API range (docker-py and bollard
+/// negotiate there).
+pub fn rewrite_version(version: &Value, min: ApiVersion, max: ApiVersion) -> Value {
+    let mut version = version.clone();
+    let (min, max) = (format!("{}.{}", min.0, min.1), format!("{}.{}", max.0, max.1));
+    version["ApiVersion"] = Value::from(max.clone());
+    version["MinAPIVersion"] = Value::from(min.clone());
+    if let Some(components) = version["Components"].as_array_mut() {
+        for component in components.iter_mut().filter(|c| c["Name"] == "Engine") {
+            component["Details"]["ApiVersion"] = Value::from(max.clone());
+            component["Details"]["MinAPIVersion"] = Value::from(min.clone());
+        }
+    }
+    version
+}

@@ -1,0 +1,74 @@
+//! The pool at one moment, in the shape of the admin listener's `/status`. A stable interface: fields are
+//! added, never renamed.
+
+use serde::{Deserialize, Serialize};
+
+use crate::engine::model::{Health, State};
+
+/// The whole pool.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// dindpool's own version.
+    pub version: String,
+    /// The API versions that the pool advertises, `["1.40", "1.45"]`, once a daemon has answered.
+    pub api: Option<(String, String)>,
+    /// Every daemon.
+    pub daemons: Vec<DaemonStatus>,
+    /// Every session that has a lease.
+    pub sessions: Vec<SessionStatus>,
+    /// The admission queue.
+    pub queue: QueueStatus,
+    /// What the provisioner has to complain of.
+    pub problems: Vec<String>,
+    /// How many image references are known.
+    pub images: usize,
+}
+
+/// One daemon.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DaemonStatus {
+    /// Its name.
+    pub id: String,
+    /// `tcp://…` or `unix://…`
+    pub address: String,
+    /// starting, ready, draining.
+    pub state: State,
+    /// healthy, ejected.
+    pub health: Health,
+    /// Why it is in this state; empty when all is well.
+    pub reason: String,
+    /// Engine version, empty until it answered.
+    pub version: String,
+    /// Slots in all.
+    pub slots: u32,
+    /// Slots in use.
+    pub used: u32,
+    /// Sessions with a lease.
+    pub sessions: usize,
+}
+
+/// One session.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SessionStatus {
+    /// How it is recognised.
+    pub key: String,
+    /// Who it belongs to.
+    pub tenant: String,
+    /// Its daemon.
+    pub daemon: String,
+    /// Slots that it holds.
+    pub slots: u32,
+    /// Requests and streams that are open.
+    pub open: u32,
+    /// Its containers that run, or were created a moment ago.
+    pub containers: usize,
+    /// For how many seconds it has had this lease.
+    pub since: f64,
+}
+
+/// The admission queue.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct QueueStatus {
+    /// Tickets that wait.
+    pub waiting: u32,
+}

@@ -1,0 +1,240 @@
+//! The watch on one daemon: probes it, learns what is on it, follows its events.
+//!
+//! ```text
+//! contact: /_ping, /version, /info ──fail──▶ probe failed, again soon
+//!    │ ok
+//! subscribe to /events, then list everything (so that nothing falls between the two)
+//!    │
+//! ready: probe every few seconds, apply events as they come
+//!    │ events end, or it is another daemon now
+//!    └──▶ contact
+//! ```
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use http_body_util::BodyExt;
+use hyper::Method;
+use hyper::body::Incoming;
+use serde_json::Value;
+use tokio::time::Instant;
+
+use super::about::{self, About, DaemonEvent, Told};
+use super::client::{self, CallError};
+use super::{Handle, Pool};
+use crate::engine::model::{Event, Facts, Probe};
+
+/// Between two attempts to reach a daemon that is not there (yet): a local dockerd is ready in 1–3 s, and the
+/// user waits for it.
+const RETRY: Duration = Duration::from_millis(200);
+/// Lists of a busy daemon with thousands of containers take longer than a probe may.
+const LIST_DEADLINE: Duration = Duration::from_secs(20);
+/// A list that a request waits for.
+const QUICK_LIST_DEADLINE: Duration = Duration::from_secs(2);
+
+/// Watches `handle` until it is aborted.
+pub(super) async fn watch(pool: Arc<Pool>, handle: Arc<Handle>) {
+    let mut identity: Option<String> = None;
+    loop {
+        match contact(&pool, &handle, &mut identity).await {
+            Ok((facts, events)) => {
+                probed(&pool, &handle, Probe::Answered(facts));
+                follow(&pool, &handle, events, &mut identity).await;
+            }
+            Err(error) => {
+                probed(&pool, &handle, failed(&error));
+                tokio::select! {
+                    () = tokio::time::sleep(RETRY) => {}
+                    () = handle.wake.notified() => {}
+                }
+            }
+        }
+    }
+}
+
+fn failed(error: &CallError) -> Probe {
+    match error {
+        CallError::Refused(_) => Probe::Refused(error.to_string()),
+        _ => Probe::Failed(error.to_string()),
+    }
+}
+
+fn probed(pool: &Pool, handle: &Handle, probe: Probe) {
+    let outcome = match &probe {
+        Probe::Answered(_) => "answered",
+        Probe::Failed(_) => "failed",
+        Probe::Refused(_) => "refused",
+    };
+    pool.metrics.probes.with_label_values(&[outcome]).inc();
+    pool.event(Event::Probed { daemon: handle.id.clone(), probe });
+}
+
+/// Meets a daemon, for the first time or again: who it is, what it has, and what happens from now on.
+async fn contact(
+    pool: &Arc<Pool>,
+    handle: &Handle,
+    identity: &mut Option<String>,
+) -> Result<(Facts, Incoming), CallError> {
+    let deadline = pool.config.probe_deadline;
+    let (ping, _) = client::get(&handle.endpoint, "/_ping", deadline).await?;
+    let version: Value = client::json(&handle.endpoint, "/version", deadline).await?;
+    let info: about::Info = client::json(&handle.endpoint, "/info", deadline).await?;
+    let facts = about::facts(&info, &version);
+    recognise(pool, handle, identity, &facts);
+    let events = client::call(&handle.endpoint, Method::GET, "/events", None);
+    let events = tokio::time::timeout(deadline, events).await.map_err(|_| CallError::Timeout(deadline))??;
+    let began = pool.now();
+    let list = |path: &'static str| client::json::<Value>(&handle.endpoint, path, LIST_DEADLINE);
+    let (containers, networks, volumes, images) = tokio::try_join!(
+        list("/containers/json?all=1"),
+        list("/networks"),
+        list("/volumes"),
+        list("/images/json")
+    )?;
+    let inventory = about::inventory(&containers, &networks, &volumes, &images);
+    pool.event(Event::Inventory { daemon: handle.id.clone(), began, inventory });
+    pool.know(handle, About::new(&ping, version));
+    super::watch::merge(pool, handle, &facts).await;
+    Ok((facts, events.into_body()))
+}
+
+/// Another engine id at the same address is another daemon: what the sessions had there is lost.
+fn recognise(pool: &Pool, handle: &Handle, identity: &mut Option<String>, facts: &Facts) {
+    if identity.as_ref().is_some_and(|known| *known != facts.engine_id) {
+        tracing::warn!(daemon = %handle.id, "another daemon answers at this address now");
+        pool.event(Event::Replaced { daemon: handle.id.clone() });
+    }
+    *identity = Some(facts.engine_id.clone());
+}
+
+/// Applies events and probes until the events end or the daemon is another.
+async fn follow(pool: &Arc<Pool>, handle: &Handle, mut events: Incoming, identity: &mut Option<String>) {
+    let mut lines: Vec<u8> = Vec::new();
+    let mut next = Instant::now() + pool.config.probe_interval;
+    let mut probe = None;
+    loop {
+        tokio::select! {
+            frame = events.frame() => match frame {
+                Some(Ok(frame)) => {
+                    if let Ok(data) = frame.into_data() {
+                        lines.extend_from_slice(&data);
+                        take_lines(pool, handle, &mut lines);
+                    }
+                }
+                // The daemon stopped, or something between cut the stream: meet it again.
+                _ => return,
+            },
+            () = tokio::time::sleep_until(next), if probe.is_none() => {
+                probe = Some(Box::pin(client::json::<about::Info>(&handle.endpoint, "/info", pool.config.probe_deadline)));
+            }
+            () = handle.wake.notified(), if probe.is_none() => {
+                probe = Some(Box::pin(client::json::<about::Info>(&handle.endpoint, "/info", pool.config.probe_deadline)));
+            }
+            () = handle.relist.notified() => list_images(pool, handle).await,
+            result = async { match probe.as_mut() { Some(p) => p.await, None => std::future::pending().await } } => {
+                probe = None;
+                match result {
+                    Ok(info) => {
+                        next = Instant::now() + pool.config.probe_interval;
+                        if identity.as_ref().is_some_and(|known| *known != info.id) {
+                            return;
+                        }
+                        let facts = pool.facts(handle, &info);
+                        probed(pool, handle, Probe::Answered(facts));
+                    }
+                    Err(error) => {
+                        let refused = matches!(error, CallError::Refused(_));
+                        probed(pool, handle, failed(&error));
+                        if refused {
+                            return;
+                        }
+                        // A daemon that is slow once is asked again at once; the deadline paces this.
+                        next = Instant::now() + RETRY;
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn take_lines(pool: &Pool, handle: &Handle, lines: &mut Vec<u8>) {
+    while let Some(end) = lines.iter().position(|b| *b == b'\n') {
+        let line: Vec<u8> = lines.drain(..=end).collect();
+        match serde_json::from_slice::<DaemonEvent>(&line).ok().and_then(DaemonEvent::told) {
+            Some(Told::Fact(fact)) => {
+                pool.event(Event::Learned { daemon: handle.id.clone(), open: None, fact });
+            }
+            Some(Told::ImagesChanged) => handle.relist.notify_one(),
+            None => {}
+        }
+    }
+}
+
+/// Lists the images of a daemon anew. A failure changes nothing: the next probe will tell.
+pub(super) async fn list_images(pool: &Pool, handle: &Handle) {
+    let began = pool.now();
+    if let Ok(images) = client::json::<Value>(&handle.endpoint, "/images/json", QUICK_LIST_DEADLINE).await {
+        let images = about::listed_images(&images);
+        pool.event(Event::Images { daemon: handle.id.clone(), began, images });
+    }
+}
+
+/// If this daemon has the engine id of another one, finds out whether both are the same process, reached by
+/// two addresses. Equal ids alone prove nothing: 20.10 daemons of one host share `/etc/docker/key.json`. A
+/// volume made through one and seen through the other does: the local driver keeps its volumes in memory, so
+/// another process on the same data root would not see it.
+async fn merge(pool: &Arc<Pool>, handle: &Handle, facts: &Facts) {
+    for other in pool.twins(handle, &facts.engine_id) {
+        let marker = format!("dindpool-marker-{}-{}", std::process::id(), pool.next_log_id());
+        let body = serde_json::json!({ "Name": marker, "Labels": { "dindpool": "marker" } }).to_string();
+        let deadline = pool.config.probe_deadline;
+        let made = client::call(&handle.endpoint, Method::POST, "/volumes/create", Some(body));
+        let made = tokio::time::timeout(deadline, made).await;
+        if !matches!(&made, Ok(Ok(response)) if response.status().is_success()) {
+            continue;
+        }
+        let path = format!("/volumes/{marker}");
+        let seen = client::get(&other.endpoint, &path, deadline).await.is_ok();
+        let removed = client::call(&handle.endpoint, Method::DELETE, &path, None);
+        let _ = tokio::time::timeout(deadline, removed).await;
+        if seen {
+            tracing::info!(daemon = %handle.id, same_as = %other.id, "one daemon listed twice: merged");
+            pool.alias(handle, &other.id);
+            return;
+        }
+        tracing::warn!(
+            daemon = %handle.id, other = %other.id,
+            "two daemons have the same engine id; make sure that they do not share a data root"
+        );
+    }
+}
+
+impl Pool {
+    /// The other daemons that gave this engine id and are no aliases themselves.
+    fn twins(&self, handle: &Handle, engine_id: &str) -> Vec<Arc<Handle>> {
+        let state = self.lock();
+        state
+            .engine
+            .daemons()
+            .filter(|d| d.id != handle.id && d.facts.as_ref().is_some_and(|f| f.engine_id == engine_id))
+            .filter_map(|d| state.daemons.get(&d.id))
+            .filter(|m| m.alias_of.is_none())
+            .map(|m| m.handle.clone())
+            .collect()
+    }
+
+    /// Leaves `handle` out of the pool because it is `other`.
+    fn alias(self: &Arc<Self>, handle: &Handle, other: &crate::engine::model::DaemonId) {
+        let mut state = self.lock();
+        if let Some(member) = state.daemons.get_mut(&handle.id) {
+            member.alias_of = Some(other.clone());
+        }
+        self.reconcile(&mut state);
+    }
+
+    /// Facts from a probe's `/info`, with the versions of the last contact.
+    fn facts(&self, handle: &Handle, info: &about::Info) -> Facts {
+        let version = super::lock(&handle.about).as_ref().map(|a| a.version.clone()).unwrap_or_default();
+        about::facts(info, &version)
+    }
+}
