@@ -46,7 +46,8 @@ pub struct About {
 impl About {
     /// From the answers to `/_ping` and `/version`.
     pub fn new(ping: &hyper::HeaderMap, version: Value) -> Self {
-        let header = |name: &str| ping.get(name).and_then(|v| v.to_str().ok()).unwrap_or_default().to_string();
+        let header =
+            |name: &str| ping.get(name).and_then(|v| v.to_str().ok()).unwrap_or_default().to_string();
         About {
             version,
             builder: header("builder-version"),
@@ -182,9 +183,8 @@ impl DaemonEvent {
     pub fn told(self) -> Option<Told> {
         let id = self.actor.id;
         let name = self.actor.attributes.name;
-        let created = |kind: Kind, id: String, name: Option<String>| {
-            Some(Told::Fact(Fact::Created { kind, id, name }))
-        };
+        let created =
+            |kind: Kind, id: String, name: Option<String>| Some(Told::Fact(Fact::Created { kind, id, name }));
         let removed = |kind: Kind, id: String| Some(Told::Fact(Fact::Removed { kind, id }));
         match (self.kind.as_str(), self.action.as_str()) {
             ("container", "create") => created(Kind::Container, id, name),
@@ -236,7 +236,8 @@ mod tests {
         let line = r#"{"status":"create","id":"ab","from":"app:1","Type":"container","Action":"create","Actor":{"ID":"ab","Attributes":{"image":"app:1","name":"web"}},"scope":"local","time":1,"timeNano":1}"#;
         let fact = Fact::Created { kind: Kind::Container, id: "ab".into(), name: Some("web".into()) };
         assert_eq!(told(line), Some(Told::Fact(fact)));
-        let line = r#"{"Type":"image","Action":"tag","Actor":{"ID":"sha256:12","Attributes":{"name":"app:2"}}}"#;
+        let line =
+            r#"{"Type":"image","Action":"tag","Actor":{"ID":"sha256:12","Attributes":{"name":"app:2"}}}"#;
         let fact = Fact::ImageWritten {
             reference: "docker.io/library/app:2".into(),
             id: Some("sha256:12".into()),
@@ -246,7 +247,10 @@ mod tests {
         let line = r#"{"Type":"container","Action":"exec_create: sh","Actor":{"ID":"ab","Attributes":{"execID":"ee"}}}"#;
         let fact = Fact::Created { kind: Kind::Exec, id: "ee".into(), name: None };
         assert_eq!(told(line), Some(Told::Fact(fact)));
-        assert_eq!(told(r#"{"Type":"image","Action":"untag","Actor":{"ID":"sha256:12"}}"#), Some(Told::ImagesChanged));
+        assert_eq!(
+            told(r#"{"Type":"image","Action":"untag","Actor":{"ID":"sha256:12"}}"#),
+            Some(Told::ImagesChanged)
+        );
         assert_eq!(told(r#"{"Type":"builder","Action":"prune"}"#), None);
     }
 

@@ -118,16 +118,11 @@ pub async fn json<T: DeserializeOwned>(
     deadline: Duration,
 ) -> Result<T, CallError> {
     let (_, body) = get(endpoint, path, deadline).await?;
-    serde_json::from_slice(&body)
-        .map_err(|e| CallError::Parse { path: path.into(), error: e.to_string() })
+    serde_json::from_slice(&body).map_err(|e| CallError::Parse { path: path.into(), error: e.to_string() })
 }
 
 impl AsyncRead for Stream {
-    fn poll_read(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
             Stream::Tcp(s) => Pin::new(s).poll_read(cx, buf),
             Stream::Unix(s) => Pin::new(s).poll_read(cx, buf),
