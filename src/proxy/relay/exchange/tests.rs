@@ -494,6 +494,18 @@ async fn a_hijack_becomes_a_tunnel_on_101_and_on_a_bare_200() {
 }
 
 #[tokio::test]
+async fn raw_stdin_in_one_segment_with_an_unterminated_body_is_held() {
+    let (mut client, mut daemon, task) = world(HIJACK, false).await;
+    let request = "POST /exec/a/start HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n";
+    say(&mut client, format!("{request}ls -l\n")).await;
+    assert_eq!(read_until(&mut daemon, "{}\r\n").await, request);
+    say(&mut daemon, "HTTP/1.1 101 UPGRADED\r\n\r\n").await;
+    let mut done = over(task).await;
+    assert!(matches!(done.exchange.outcome, Outcome::Upgraded));
+    assert_eq!(soon(done.client.peek(6)).await.unwrap(), b"ls -l\n");
+}
+
+#[tokio::test]
 async fn output_right_behind_the_101_stays_for_the_tunnel() {
     let (mut client, mut daemon, task) = world(HIJACK, false).await;
     say(&mut client, "POST /a HTTP/1.1\r\n\r\n").await;
