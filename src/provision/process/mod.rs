@@ -1,4 +1,29 @@
-//! Local `dockerd` processes.
+//! Local `dockerd` processes: a pool on one machine, which may run a Docker of its own.
+//!
+//! Several dockerd on a machine step on each other, so each gets
+//!
+//! | what | why |
+//! |---|---|
+//! | a data root, exec root, pidfile, socket and configuration of its own | the obvious ones |
+//! | a network namespace | each dockerd flushes the iptables chain DOCKER at its start, and claims `docker0` |
+//! | a mount namespace ([`namespace`]) | `/etc/docker/key.json`, `/run/containerd`, `/run/docker` are at fixed places |
+//! | a PID namespace ([`launch`]) | its end takes every process with it, however deep that has daemonised |
+//! | a containerd of its own | the machine's would mix all containers in its namespace `moby`, and outlive us |
+//! | the containerd and runc beside its binary | versions mix |
+//! | a cgroup parent | what a killed daemon leaves is found and removed |
+//!
+//! What a daemon needs from the machine is in the machine's namespaces: one cable and three iptables rules
+//! ([`network`]). They and every process can be found again from files ([`state`]), so that a dindpool that
+//! was killed costs nothing: the next one on the same data adopts its daemons, or removes them.
+
+mod cleanup;
+pub mod launch;
+mod namespace;
+mod network;
+mod plan;
+mod prepare;
+mod state;
+mod supervise;
 
 use std::fmt;
 use std::net::Ipv4Addr;
@@ -75,20 +100,11 @@ impl std::error::Error for Faults {}
 
 /// Starts the daemons, or adopts those that a dindpool which was killed left running on the same data.
 ///
-/// Returns as soon as nothing speaks against it; the observations tell when each daemon answers.
+/// Returns as soon as nothing speaks against it; the observations tell when each daemon answers. Must be
+/// called inside a tokio runtime.
 ///
 /// # Errors
 /// All faults at once.
 pub async fn start(options: Options) -> Result<Running, Faults> {
-    Err(Faults(vec![format!("local daemons are not there yet ({})", options.data.display())]))
-}
-
-/// The hidden subcommand.
-pub mod launch {
-    use std::ffi::OsString;
-
-    /// `dindpool __exec-daemon ARGS`: call it before any thread or runtime exists.
-    pub fn exec_daemon(_args: &[OsString]) -> ! {
-        std::process::exit(1)
-    }
+    Ok(supervise::run(prepare::prepare(options).await?))
 }
