@@ -14,7 +14,7 @@ use std::time::Duration;
 use tokio::time::{Sleep, sleep, timeout};
 
 use super::framing::Body;
-use super::head::{Framing, RequestHead, ResponseHead, Scanner};
+use super::head::{Framing, RequestHead, ResponseHead, Scanner, fault};
 use super::io::{Peer, Side};
 use crate::error::{Error, Kind};
 
@@ -489,10 +489,9 @@ impl<O: Observer> Pump<'_, O> {
     fn relay_down(&mut self, cx: &mut Context<'_>) -> Result<Poll<()>, End> {
         let Pump { client, daemon, observer, down_body, .. } = self;
         let step = daemon.poll_input(cx, false, |cx, bytes| {
-            match down_body.feed(bytes, |payload| observer.response_body(payload)) {
-                Ok(n) => (n, Ok((n as u64, client.send(cx, &[IoSlice::new(&bytes[..n])])))),
-                Err(error) => (0, Err(error)),
-            }
+            let (n, error) = down_body.feed_good(bytes, |payload| observer.response_body(payload));
+            let result = if n > 0 { client.send(cx, &[IoSlice::new(&bytes[..n])]) } else { Ok(()) };
+            (n, (n as u64, result, error))
         });
         match step {
             Poll::Pending => return Ok(Poll::Pending),
@@ -503,11 +502,13 @@ impl<O: Observer> Pump<'_, O> {
                 self.down = Down::Done;
             }
             Poll::Ready(Ok(None)) => return Err(End::DaemonFailed(eof("within its response"))),
-            Poll::Ready(Ok(Some(Err(error)))) => return Err(End::DaemonFailed(invalid(error))),
-            Poll::Ready(Ok(Some(Ok((n, result))))) => {
+            Poll::Ready(Ok(Some((n, result, error)))) => {
                 self.heard = true;
                 self.received += n;
                 result.map_err(|_| End::ClientGone)?;
+                if let Some(error) = error {
+                    return Err(End::DaemonFailed(invalid(error)));
+                }
             }
         }
         Ok(Poll::Ready(()))
@@ -593,7 +594,8 @@ fn eof(place: &str) -> io::Error {
 }
 
 fn invalid(error: Error) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, error.message)
+    let message = if error.kind == Kind::BadRequest { fault(&error.message).message } else { error.message };
+    io::Error::new(io::ErrorKind::InvalidData, message)
 }
 
 fn unexpected_upgrade() -> Error {

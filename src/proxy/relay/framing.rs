@@ -1,8 +1,8 @@
 //! Where a body ends. The tracker is fed with the bytes as they come and never changes, holds or joins them:
 //! the daemon's chunks are the progress lines that a user is waiting for.
 
-use super::head::{Framing, is_control, is_token};
-use crate::error::{Error, Kind};
+use super::head::{Framing, bad, is_control, is_token};
+use crate::error::Error;
 
 /// Bound of one chunk's extension, and of all trailers together.
 const MAX_EXTENSION: u32 = 4096;
@@ -159,10 +159,6 @@ impl State {
             _ => return Err(bad("a chunk that does not end with CRLF")),
         })
     }
-}
-
-fn bad(reason: &str) -> Error {
-    Error::new(Kind::BadRequest, format!("bad HTTP body: {reason}"))
 }
 
 #[cfg(test)]
