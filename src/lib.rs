@@ -1,8 +1,36 @@
 //! dindpool: a pool of Docker-in-Docker daemons that looks like one reliable Docker daemon of any size.
+//!
+//! The path of a request is in [`proxy`]; who decides what is in [`engine`]; where daemons come from is in
+//! [`provision`].
+//!
+//! ```text
+//! main → cli → app (composition root)
+//! app → everything below
+//! admin → pool, metrics        /metrics /livez /readyz /status
+//! proxy → pool, error, metrics
+//! pool  → engine, provision (the contract), error, metrics
+//! provision → error
+//! engine → nothing but std     pure decisions
+//! ```
+//!
+//! # Words
+//! - **daemon**: one dockerd of the pool. **session**: everything that must reach the same daemon; **session
+//!   key**: how the proxy recognises it.
+//! - **lease**: a session's binding to a daemon. **affinity**: what outlives it, while something of the session
+//!   exists only there.
+//! - **work**, in **units**: a build, a pull, a container that runs. **slot**: a daemon's capacity for one working
+//!   session.
+//! - **tenant**: who sessions belong to. **provisioner**: what makes daemons.
 
+pub mod admin;
+pub mod app;
+pub mod cli;
+pub mod config;
+pub mod drain;
 pub mod engine;
 pub mod error;
 pub mod metrics;
 pub mod pool;
 pub mod provision;
 pub mod proxy;
+pub mod telemetry;

@@ -1,3 +1,23 @@
 //! The `dindpool` command.
 
-fn main() {}
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use clap::Parser;
+use dindpool::cli::{self, Cli};
+use dindpool::provision::process::{self, EXEC_DAEMON};
+
+fn main() -> ExitCode {
+    // Before any thread exists: this enters namespaces and becomes dockerd.
+    let arguments: Vec<OsString> = std::env::args_os().collect();
+    if arguments.get(1).is_some_and(|a| a == EXEC_DAEMON) {
+        process::launch::exec_daemon(&arguments[2..]);
+    }
+    match cli::run(Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("dindpool: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

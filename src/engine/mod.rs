@@ -208,7 +208,7 @@ impl Engine {
             Class::Work(_) => Unit::Other,
             _ => Unit::None,
         };
-        let builds = matches!(acquire.class, Class::Work(Work::Build | Work::BuildKit));
+        let builds = matches!(acquire.class, Class::Work(Work::Build | Work::BuildKit | Work::Load));
         let uuid = acquire.target.filter(|t| t.kind == Kind::BuildSession).map(|t| t.reference);
         if let Some(uuid) = &uuid {
             self.objects.add(&daemon, Kind::BuildSession, uuid, None, now);

@@ -85,8 +85,10 @@ pub enum Work {
     /// A `/grpc` connection that sent an HTTP/2 preface. Whether it builds is seen only when it calls
     /// `Control/Solve` ([`Event::BuildSeen`]): a buildx build opens two, one of which only lists workers.
     BuildKit,
-    /// `POST /images/create` and `/images/load`: a unit until its stream ends, inside the session's one slot.
-    Image,
+    /// `POST /images/create?fromImage=`: a unit until its stream ends, inside the session's one slot.
+    Pull,
+    /// `POST /images/load` and `/images/create?fromSrc=`: the same, but what it makes exists nowhere else.
+    Load,
     /// `POST /containers/create`: the container is a unit until it exits, 60 s if it is never started.
     Container,
     /// `POST /networks/create`, `/volumes/create`: binds the session.

@@ -62,6 +62,10 @@ impl Engine {
                     target.reference
                 ))))
             }
+            // `/session` came before its `/build`, under another key: the build follows it.
+            [one] if target.kind == Kind::BuildSession => {
+                Some(self.place_within(acquire, std::slice::from_ref(one)))
+            }
             [one] => Some(Placement::Route(one.clone())),
             // Several, and the session has a daemon of its own: that one says "no such container".
             _ if own.is_some() => None,

@@ -103,6 +103,8 @@ struct State {
 struct Member {
     handle: Arc<Handle>,
     watch: JoinHandle<()>,
+    /// What it gave as its engine id last.
+    engine_id: String,
     /// It is the same daemon as this other one, listed twice.
     alias_of: Option<DaemonId>,
 }
@@ -423,7 +425,7 @@ impl Pool {
                 about: Mutex::new(None),
             });
             let watch = tokio::spawn(watch::watch(self.clone(), handle.clone()));
-            state.daemons.insert(id, Member { handle, watch, alias_of: None });
+            state.daemons.insert(id, Member { handle, watch, engine_id: String::new(), alias_of: None });
         }
         let observed = specs
             .iter()

@@ -47,6 +47,13 @@ pub struct DaemonStatus {
     pub sessions: usize,
 }
 
+impl DaemonStatus {
+    /// Whether it takes new sessions.
+    pub fn takes_sessions(&self) -> bool {
+        self.state == State::Ready && self.health == Health::Healthy
+    }
+}
+
 /// One session.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct SessionStatus {

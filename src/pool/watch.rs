@@ -94,7 +94,7 @@ async fn contact(
     let inventory = about::inventory(&containers, &networks, &volumes, &images);
     pool.event(Event::Inventory { daemon: handle.id.clone(), began, inventory });
     pool.know(handle, About::new(&ping, version));
-    super::watch::merge(pool, handle, &facts).await;
+    merge(pool, handle, &facts).await;
     Ok((facts, events.into_body()))
 }
 
@@ -212,13 +212,16 @@ async fn merge(pool: &Arc<Pool>, handle: &Handle, facts: &Facts) {
 impl Pool {
     /// The other daemons that gave this engine id and are no aliases themselves.
     fn twins(&self, handle: &Handle, engine_id: &str) -> Vec<Arc<Handle>> {
-        let state = self.lock();
+        let mut state = self.lock();
+        // Noted under the lock that the others are read under: of two that meet at once, the second sees the
+        // first.
+        if let Some(member) = state.daemons.get_mut(&handle.id) {
+            member.engine_id = engine_id.to_string();
+        }
         state
-            .engine
-            .daemons()
-            .filter(|d| d.id != handle.id && d.facts.as_ref().is_some_and(|f| f.engine_id == engine_id))
-            .filter_map(|d| state.daemons.get(&d.id))
-            .filter(|m| m.alias_of.is_none())
+            .daemons
+            .values()
+            .filter(|m| m.handle.id != handle.id && m.engine_id == engine_id && m.alias_of.is_none())
             .map(|m| m.handle.clone())
             .collect()
     }

@@ -15,6 +15,9 @@ use serde::{Deserialize, Serialize};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::mpsc;
 
+/// The longest path of a Unix socket (`sun_path` has 108 bytes, the last of them 0).
+pub const MAX_SOCKET_PATH: usize = 107;
+
 /// Where a daemon listens.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Endpoint {

@@ -1,3 +1,571 @@
-//! The data path.
+//! The data path. One request, from top to bottom:
+//!
+//! ```text
+//! accept → first bytes: HTTP/2 preface? → HTTP/1 head
+//!   → classify   what it is, from method and path
+//!   → identify   whose it is, from connection and head
+//!   → local?     /_ping, /version, the 101 of /grpc are answered here
+//!   → acquire    admit, pick, bind, in one place; returns a Lease guard
+//!   → connect    tried elsewhere only while no byte has reached a daemon and the session is unbound
+//!   → exchange   both ways, each by its framing; or tunnel, raw both ways
+//!   → the guard's drop records the outcome and gives the slot back
+//! ```
 
+mod body;
+pub mod classify;
+pub mod identify;
+mod learn;
+pub mod listener;
+mod local;
+pub mod peer;
 pub mod relay;
+mod solve;
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use self::classify::{Local, Peek, Prefix, Route, classify};
+use self::identify::{HEADER, Identity, ListenerIdentity, Source, identify};
+use self::learn::Watcher;
+use self::peer::Peers;
+use self::relay::h2::PREFACE;
+use self::relay::{
+    Framing, HeadError, Options, RequestHead, ResponseHead, Side, TunnelCause, TunnelKind, exchange, refuse,
+    tunnel,
+};
+use self::solve::SolveTap;
+use crate::drain::Drain;
+use crate::engine::model::{Class, DaemonId, Outcome, Requirements, Work};
+use crate::error::{Error, Kind};
+use crate::metrics::Metrics;
+use crate::pool::{Lease, Pool, Want};
+use crate::provision::Stream;
+
+/// The largest create body that is read ahead. dockerd has no limit of its own; compose's are a few kilobytes.
+const MAX_PEEK: usize = 4 << 20;
+/// How many daemons a request tries before it gives up. Each that refuses is ejected, so in a pool with
+/// anybody left this finds one.
+const TRIES: usize = 8;
+
+/// What all connections share.
+pub struct Proxy {
+    /// Where daemons come from.
+    pub pool: Arc<Pool>,
+    /// Recognises processes on this machine.
+    pub peers: Arc<Peers>,
+    /// Counts connections and tells them to end.
+    pub drain: Drain,
+    /// What is counted.
+    pub metrics: Metrics,
+}
+
+/// Where a client comes from, before anybody has looked closer.
+#[derive(Debug, Clone, Copy)]
+pub enum Origin {
+    /// Over TCP: the client's and our own address.
+    Tcp(SocketAddr, SocketAddr),
+    /// Over a Unix socket: the peer's credentials at the time of connect(2).
+    Unix(Option<i32>, u32),
+}
+
+/// One client connection.
+struct Connection {
+    proxy: Arc<Proxy>,
+    listener: Arc<ListenerIdentity>,
+    client: Side,
+    origin: Origin,
+    source: Option<Source>,
+    /// The daemon connection of the last exchange, if it may carry another.
+    kept: Option<(DaemonId, Side)>,
+}
+
+/// What becomes of the client's connection after a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Next {
+    Request,
+    Close,
+}
+
+/// Serves one client connection to its end.
+pub async fn serve(proxy: Arc<Proxy>, listener: Arc<ListenerIdentity>, stream: Stream, origin: Origin) {
+    let mut connection =
+        Connection { proxy, listener, client: Side::new(stream), origin, source: None, kept: None };
+    if connection.first_bytes().await == Next::Close {
+        return;
+    }
+    while connection.next_request().await == Next::Request {}
+}
+
+impl Connection {
+    /// Looks at what the client speaks.
+    async fn first_bytes(&mut self) -> Next {
+        let drain = self.proxy.drain.clone();
+        let first = tokio::select! {
+            first = self.client.peek(4) => first.map(<[u8]>::to_vec),
+            () = drain.stopping() => return Next::Close,
+        };
+        match first.as_deref() {
+            Ok(b"PRI ") => {
+                Box::pin(self.native_h2()).await;
+                Next::Close
+            }
+            Ok([0x16, ..]) => {
+                let message = "this listener speaks plain HTTP: use tcp:// without TLS (unset DOCKER_TLS_VERIFY and DOCKER_CERT_PATH)";
+                self.refuse(&Error::new(Kind::BadRequest, message), false).await
+            }
+            Ok(_) => Next::Request,
+            Err(_) => Next::Close,
+        }
+    }
+
+    async fn next_request(&mut self) -> Next {
+        let drain = self.proxy.drain.clone();
+        let head = tokio::select! {
+            head = self.client.read_head() => head,
+            () = drain.stopping(), if self.client.buffered().is_empty() => return Next::Close,
+        };
+        match head {
+            Ok(Some(head)) => {
+                let next = self.request(head).await;
+                if self.proxy.drain.is_stopping() { Next::Close } else { next }
+            }
+            Ok(None) | Err(HeadError::Io(_)) => Next::Close,
+            Err(HeadError::Bad(error)) => self.refuse(&error, false).await,
+        }
+    }
+
+    /// One HTTP/1 request.
+    async fn request(&mut self, head: RequestHead) -> Next {
+        let started = Instant::now();
+        let prefix = classify::prefix(head.target());
+        let (tenant, session) = (prefix.tenant.map(str::to_string), prefix.session.map(str::to_string));
+        let prefix_length = prefix.length;
+        let head = match without_prefix(head, prefix_length) {
+            Ok(head) => head,
+            Err(error) => return self.refuse(&error, false).await,
+        };
+        let route = classify(head.method(), head.path(), head.query());
+        let head_only = head.method() == "HEAD";
+        if let Some(why) = route.refuse {
+            return self.refuse(&Error::new(Kind::NotImplemented, why), head_only).await;
+        }
+        match route.local {
+            Some(Local::Ping) => {
+                return self.answer(&head, local::ping(&self.proxy.pool, head_only, head.keep_alive)).await;
+            }
+            Some(Local::Version) => match local::version(&self.proxy.pool, head.keep_alive) {
+                Ok(answer) => return self.answer(&head, answer).await,
+                Err(error) => return self.refuse(&error, head_only).await,
+            },
+            Some(Local::Grpc) | None => {}
+        }
+        let prefix = Prefix { tenant: tenant.as_deref(), session: session.as_deref(), length: prefix_length };
+        let identity = match self.identify(&prefix, head.header(HEADER)).await {
+            Ok(identity) => identity,
+            Err(error) => return self.refuse(&error, head_only).await,
+        };
+        if route.local == Some(Local::Grpc) {
+            Box::pin(self.grpc(&head, &route, identity)).await;
+            return Next::Close;
+        }
+        let (want, name) = match Box::pin(self.want(&head, &route, identity)).await {
+            Ok(want) => want,
+            Err(error) => return self.refuse(&error, head_only).await,
+        };
+        let (lease, daemon) = match Box::pin(self.reach(&want)).await {
+            Ok(reached) => reached,
+            Err(error) => {
+                self.done(&route, &want, None, started, "refused");
+                return self.refuse(&error, head_only).await;
+            }
+        };
+        self.proxy.metrics.added.observe(started.elapsed().as_secs_f64());
+        Box::pin(self.relay(head, route, want, name, lease, daemon, started)).await
+    }
+
+    /// Relays one request and its response, and the tunnel that it may become.
+    #[allow(clippy::too_many_arguments)] // they are the request's whole life; a struct would only rename them
+    async fn relay(
+        &mut self,
+        head: RequestHead,
+        route: Route,
+        want: Want,
+        name: Option<String>,
+        lease: Lease,
+        mut daemon: Side,
+        started: Instant,
+    ) -> Next {
+        let head_only = head.method() == "HEAD";
+        let options = Options { hijack: route.hijack };
+        let open = self.proxy.metrics.streams.with_label_values(&["exchange"]);
+        open.inc();
+        let mut watcher = Watcher::new(&lease, route.learn.as_ref(), name.as_deref(), route.json_stream);
+        let result = exchange(&mut self.client, &mut daemon, &head, options, &mut watcher).await;
+        drop(watcher);
+        open.dec();
+        drop(head);
+        self.count_bytes(result.sent, result.received);
+        match result.outcome {
+            relay::Outcome::Done { keep_client, keep_daemon } => {
+                if keep_daemon {
+                    self.kept = Some((lease.daemon().id.clone(), daemon));
+                }
+                self.done(&route, &want, Some(&lease), started, "done");
+                lease.finish(Outcome::Done);
+                if keep_client { Next::Request } else { Next::Close }
+            }
+            relay::Outcome::Upgraded => {
+                let kind = if route.h2 { TunnelKind::H2 } else { TunnelKind::Raw };
+                let outcome = self.tunnel(&mut daemon, kind, None).await;
+                self.done(&route, &want, Some(&lease), started, word(outcome));
+                lease.finish(outcome);
+                Next::Close
+            }
+            relay::Outcome::ClientGone => {
+                self.done(&route, &want, Some(&lease), started, word(Outcome::ClientGone));
+                lease.finish(Outcome::ClientGone);
+                Next::Close
+            }
+            relay::Outcome::BadRequest { error, answerable } => {
+                self.done(&route, &want, Some(&lease), started, "bad-request");
+                lease.finish(Outcome::Aborted);
+                if answerable { self.refuse(&error, head_only).await } else { Next::Close }
+            }
+            relay::Outcome::DaemonFailed(failure) => {
+                self.done(&route, &want, Some(&lease), started, word(Outcome::DaemonFailed));
+                let error = Error::new(
+                    Kind::DaemonUnreachable,
+                    format!("lost the connection to daemon {}: {}", lease.daemon().id, failure.error),
+                );
+                lease.finish(Outcome::DaemonFailed);
+                if failure.before_response {
+                    self.refuse(&error, head_only).await
+                } else {
+                    self.proxy.metrics.errors.with_label_values(&[error.fault().as_str()]).inc();
+                    Next::Close
+                }
+            }
+        }
+    }
+
+    /// `/grpc`: 101 at once; the daemon is acquired when the client sends an HTTP/2 preface. Two of a buildx
+    /// build's four connections are probes that never do.
+    async fn grpc(&mut self, head: &RequestHead, route: &Route, identity: Identity) {
+        if self.client.write_all(local::GRPC_101).await.is_err() {
+            return;
+        }
+        match self.client.peek(PREFACE.len()).await {
+            Ok(bytes) if bytes.starts_with(PREFACE) => {}
+            _ => return,
+        }
+        self.buildkit(Some(head), route, identity).await;
+    }
+
+    /// HTTP/2 with prior knowledge: Engine 29 serves gRPC (and its whole API) so.
+    async fn native_h2(&mut self) {
+        match self.client.peek(PREFACE.len()).await {
+            Ok(bytes) if bytes.starts_with(PREFACE) => {}
+            _ => return,
+        }
+        let route = Route { local: None, ..classify("POST", "/grpc", None) };
+        match self.identify(&Prefix::default(), None).await {
+            Ok(identity) => self.buildkit(None, &route, identity).await,
+            Err(error) => tracing::debug!("{error}"),
+        }
+    }
+
+    /// A BuildKit connection whose client has begun to speak HTTP/2.
+    async fn buildkit(&mut self, head: Option<&RequestHead>, route: &Route, identity: Identity) {
+        let started = Instant::now();
+        let want = Want {
+            inside: self.inside(),
+            class: Class::Work(Work::BuildKit),
+            key: identity.key,
+            tenant: identity.tenant,
+            source: identity.source,
+            target: None,
+            requirements: Requirements::default(),
+        };
+        let reached = self.reach(&want).await;
+        let (lease, mut daemon) = match reached {
+            Ok(reached) => reached,
+            Err(error) => {
+                // Nothing but HTTP/2 may be said here any more; buildx prints that its connection ended.
+                self.proxy.metrics.errors.with_label_values(&[error.fault().as_str()]).inc();
+                tracing::warn!(session = %want.key, "{error}");
+                self.done(route, &want, None, started, "refused");
+                return;
+            }
+        };
+        if let Some(head) = head
+            && let Err(error) = upgrade(&mut daemon, head).await
+        {
+            tracing::warn!(daemon = %lease.daemon().id, "/grpc: {error}");
+            self.done(route, &want, Some(&lease), started, word(Outcome::DaemonFailed));
+            lease.finish(Outcome::DaemonFailed);
+            return;
+        }
+        self.proxy.metrics.added.observe(started.elapsed().as_secs_f64());
+        let outcome = {
+            let mut tap = SolveTap::new(&lease);
+            self.tunnel(&mut daemon, TunnelKind::H2, Some(&mut tap)).await
+        };
+        self.done(route, &want, Some(&lease), started, word(outcome));
+        lease.finish(outcome);
+    }
+
+    async fn tunnel(
+        &mut self,
+        daemon: &mut Side,
+        kind: TunnelKind,
+        tap: Option<&mut dyn relay::Tap>,
+    ) -> Outcome {
+        let open = self.proxy.metrics.streams.with_label_values(&["tunnel"]);
+        open.inc();
+        let end = tunnel(&mut self.client, daemon, kind, tap).await;
+        open.dec();
+        self.count_bytes(end.up, end.down);
+        match end.cause {
+            TunnelCause::ClientFinished | TunnelCause::DaemonFinished => Outcome::Done,
+            TunnelCause::ClientReset => Outcome::ClientGone,
+            TunnelCause::DaemonReset => Outcome::DaemonFailed,
+        }
+    }
+
+    /// Whose request it is. The process behind a connection is looked up once, at its first request that needs
+    /// it: half of all connections only ping.
+    async fn identify(&mut self, prefix: &Prefix<'_>, header: Option<&[u8]>) -> Result<Identity, Error> {
+        if self.source.is_none() {
+            self.source = Some(match self.origin {
+                Origin::Unix(pid, uid) => self.proxy.peers.unix(pid, uid),
+                Origin::Tcp(client, server) if client.ip().to_canonical().is_loopback() => {
+                    let peers = self.proxy.peers.clone();
+                    let canonical = |a: SocketAddr| SocketAddr::new(a.ip().to_canonical(), a.port());
+                    let (client, server) = (canonical(client), canonical(server));
+                    tokio::task::spawn_blocking(move || peers.loopback(client, server))
+                        .await
+                        .unwrap_or(Source::Ip(client.ip()))
+                }
+                Origin::Tcp(client, _) => Source::Ip(client.ip().to_canonical()),
+            });
+        }
+        let source = self.source.as_ref().ok_or_else(|| Error::new(Kind::Internal, "no source"))?;
+        identify(&self.listener, source, prefix, header)
+    }
+
+    /// The pool's daemon that this client runs on, in a container.
+    fn inside(&self) -> Option<DaemonId> {
+        match self.origin {
+            Origin::Tcp(client, _) => self.proxy.pool.inside(client.ip().to_canonical()),
+            Origin::Unix(..) => None,
+        }
+    }
+
+    /// What the request wants of the pool, and the name that a new object gets. Reads the body of a create
+    /// ahead: its image decides where it goes.
+    async fn want(
+        &mut self,
+        head: &RequestHead,
+        route: &Route,
+        identity: Identity,
+    ) -> Result<(Want, Option<String>), Error> {
+        let mut requirements = Requirements {
+            api: route.api,
+            arch: route.arch.clone(),
+            image: route.image.clone(),
+            beside: Vec::new(),
+        };
+        let mut name = route.name.clone();
+        if let Some(peek) = route.peek {
+            let body = self.peek_body(head).await?;
+            match peek {
+                Peek::Container => {
+                    let read = body::container(&body);
+                    requirements.image = read.image;
+                    requirements.beside = read.beside;
+                }
+                Peek::Network => name = body::network_name(&body),
+            }
+        }
+        let want = Want {
+            key: identity.key,
+            tenant: identity.tenant,
+            source: identity.source,
+            inside: self.inside(),
+            class: route.class,
+            target: route.target.clone(),
+            requirements,
+        };
+        Ok((want, name))
+    }
+
+    /// The request's body without consuming it, as far as its framing tells. A body of unknown or great length
+    /// is left alone: the request is then placed without it.
+    async fn peek_body(&mut self, head: &RequestHead) -> Result<Vec<u8>, Error> {
+        let gone = |_: io::Error| Error::new(Kind::BadRequest, "the client left while it sent its request");
+        match head.framing {
+            Framing::Length(length) if length <= MAX_PEEK as u64 => {
+                if head.expect_continue {
+                    return Ok(Vec::new());
+                }
+                let length = length as usize;
+                let bytes = self.client.peek(length).await.map_err(gone)?;
+                Ok(bytes[..length.min(bytes.len())].to_vec())
+            }
+            Framing::Chunked if !head.expect_continue => {
+                let mut wanted = 1;
+                loop {
+                    let bytes = self.client.peek(wanted).await.map_err(gone)?;
+                    let mut tracker = relay::Body::new(Framing::Chunked);
+                    let mut payload = Vec::new();
+                    tracker.feed(bytes, |part| payload.extend_from_slice(part))?;
+                    if tracker.is_complete() {
+                        return Ok(payload);
+                    }
+                    if bytes.len() < wanted || bytes.len() > MAX_PEEK {
+                        return Ok(Vec::new());
+                    }
+                    wanted = bytes.len() + 1;
+                }
+            }
+            _ => Ok(Vec::new()),
+        }
+    }
+
+    /// A daemon for the request, and a connection to it. Another daemon is tried only while no byte of the
+    /// request has reached one and the session was not bound before: a bound session never silently moves.
+    async fn reach(&mut self, want: &Want) -> Result<(Lease, Side), Error> {
+        let mut tried: Vec<DaemonId> = Vec::new();
+        loop {
+            let lease = self.proxy.pool.acquire(want).await?;
+            let id = lease.daemon().id.clone();
+            if let Some((kept, side)) = self.kept.take()
+                && kept == id
+                && !side.is_dead()
+            {
+                return Ok((lease, side));
+            }
+            match lease.connect().await {
+                Ok(stream) => return Ok((lease, Side::new(stream))),
+                Err(error) => {
+                    let bound = lease.is_bound();
+                    let kind = if error.kind() == io::ErrorKind::TimedOut {
+                        Kind::DaemonTimeout
+                    } else {
+                        Kind::DaemonUnreachable
+                    };
+                    let message = format!("daemon {id} cannot be reached: {error}");
+                    lease.finish(Outcome::Unreached);
+                    if bound || tried.contains(&id) || tried.len() >= TRIES {
+                        return Err(Error::new(kind, message));
+                    }
+                    tracing::warn!(daemon = %id, session = %want.key, "{message}; trying another");
+                    self.proxy.metrics.retries.inc();
+                    tried.push(id);
+                }
+            }
+        }
+    }
+
+    /// Writes an answer of the proxy's own.
+    async fn answer(&mut self, head: &RequestHead, answer: Vec<u8>) -> Next {
+        self.proxy.metrics.requests.with_label_values(&["local", "done"]).inc();
+        // A body that nobody reads would be taken for the next request.
+        if head.framing != Framing::None && head.framing != Framing::Length(0) {
+            refuse(&mut self.client, &answer).await;
+            return Next::Close;
+        }
+        match self.client.write_all(&answer).await {
+            Ok(()) if head.keep_alive => Next::Request,
+            _ => Next::Close,
+        }
+    }
+
+    /// Tells the client what went wrong, so that it can read it, and closes.
+    async fn refuse(&mut self, error: &Error, head_only: bool) -> Next {
+        self.proxy.metrics.errors.with_label_values(&[error.fault().as_str()]).inc();
+        tracing::info!(fault = error.fault().as_str(), status = error.status().0, "{error}");
+        refuse(&mut self.client, &error.response(head_only)).await;
+        Next::Close
+    }
+
+    fn count_bytes(&self, up: u64, down: u64) {
+        self.proxy.metrics.bytes.with_label_values(&["up"]).inc_by(up);
+        self.proxy.metrics.bytes.with_label_values(&["down"]).inc_by(down);
+    }
+
+    /// One log line and one count for each request that is over.
+    fn done(
+        &self,
+        route: &Route,
+        want: &Want,
+        lease: Option<&Lease>,
+        started: Instant,
+        outcome: &'static str,
+    ) {
+        self.proxy.metrics.requests.with_label_values(&[class_word(route.class), outcome]).inc();
+        tracing::info!(
+            request = self.proxy.pool.next_log_id(),
+            route = route.label,
+            session = %want.key,
+            tenant = %want.tenant,
+            daemon = lease.map(|l| l.daemon().id.as_str()),
+            ms = started.elapsed().as_millis() as u64,
+            outcome,
+            "request"
+        );
+    }
+}
+
+fn class_word(class: Class) -> &'static str {
+    match class {
+        Class::Work(_) => "work",
+        Class::Join => "join",
+        Class::Follow => "follow",
+        Class::Read => "read",
+        Class::Any => "any",
+    }
+}
+
+fn word(outcome: Outcome) -> &'static str {
+    match outcome {
+        Outcome::Done => "done",
+        Outcome::ClientGone => "client-gone",
+        Outcome::DaemonFailed => "daemon-failed",
+        Outcome::Unreached => "unreached",
+        Outcome::Aborted => "aborted",
+    }
+}
+
+/// The head as the daemon is to see it: without dindpool's own path prefixes, otherwise as it came.
+fn without_prefix(head: RequestHead, length: usize) -> Result<RequestHead, Error> {
+    if length == 0 {
+        return Ok(head);
+    }
+    let at = head.method().len() + 1;
+    let mut raw = head.raw().to_vec();
+    raw.drain(at..at + length);
+    RequestHead::parse(raw)
+}
+
+/// Sends the upgrade request that the proxy has already answered, and takes in the daemon's 101.
+async fn upgrade(daemon: &mut Side, head: &RequestHead) -> io::Result<()> {
+    daemon.write_all(head.raw()).await?;
+    loop {
+        let end = daemon.buffered().windows(4).position(|w| w == b"\r\n\r\n").map(|at| at + 4);
+        if let Some(end) = end {
+            let response = ResponseHead::parse(&daemon.buffered()[..end], false).map_err(io::Error::other)?;
+            let status = response.status;
+            daemon.consume(end);
+            return match status {
+                101 => Ok(()),
+                other => Err(io::Error::other(format!("the daemon answered {other}"))),
+            };
+        }
+        if daemon.fill().await? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+    }
+}

@@ -14,7 +14,7 @@ use std::time::Duration;
 use tokio::time::{Sleep, sleep, timeout};
 
 use super::framing::Body;
-use super::head::{Framing, RequestHead, ResponseHead, Scanner};
+use super::head::{Framing, RequestHead, ResponseHead, Scanner, fault};
 use super::io::{Peer, Side};
 use crate::error::{Error, Kind};
 
@@ -77,7 +77,7 @@ pub enum Outcome {
     /// The client has gone; the daemon's connection has been aborted. Drop both.
     ClientGone,
     /// The client broke the protocol within its body; the daemon's connection has been aborted. If
-    /// `answerable`, nothing of a response has been sent: [`refuse`] the client with the error. Drop both.
+    /// `answerable`, nothing of a final response has been sent: [`refuse`] the client with the error. Drop both.
     BadRequest {
         /// What to tell it.
         error: Error,
@@ -160,7 +160,7 @@ pub async fn exchange(
         }
         End::BadRequest(error) => {
             pump.daemon.abort();
-            let answerable = matches!(pump.down, Down::Head) && received == 0;
+            let answerable = pump.down == Down::Head;
             if !answerable {
                 pump.break_client().await;
             }
@@ -326,54 +326,54 @@ impl<O: Observer> Pump<'_, O> {
 
     /// The head, and as much of the body as came with it, in one write.
     fn send_head(&mut self, cx: &mut Context<'_>) -> Result<(), End> {
+        let (request, observer) = (self.request, &mut *self.observer);
+        let show = |payload: &[u8]| observer.request_body(payload);
+        let (n, error) = self.up_body.feed_good(self.client.buffered(), show);
         self.up = Up::Body;
-        let ready = self.client.buffered();
-        let mut body = self.up_body;
-        let observer = &mut *self.observer;
-        let n = match body.feed(ready, |payload| observer.request_body(payload)) {
-            Ok(n) => n,
-            Err(error) => return Err(End::BadRequest(error)),
-        };
-        self.up_body = body;
-        let parts = [IoSlice::new(self.request.raw()), IoSlice::new(&ready[..n])];
+        self.taken = n as u64;
+        self.bad_body(error)?;
+        let parts = [IoSlice::new(request.raw()), IoSlice::new(&self.client.buffered()[..n])];
         match self.daemon.send(cx, if n == 0 { &parts[..1] } else { &parts }) {
-            Ok(()) => self.sent = (self.request.raw().len() + n) as u64,
+            Ok(()) => self.sent = (request.raw().len() + n) as u64,
             Err(_) => self.up = Up::Refused,
         }
-        self.taken = n as u64;
         self.client.consume(n);
         Ok(())
     }
 
     fn relay_up(&mut self, cx: &mut Context<'_>) -> Result<Poll<()>, End> {
-        let Pump { client, daemon, observer, up_body, .. } = self;
+        let Pump { client, daemon, observer, up_body, hijack, .. } = self;
         let step = client.poll_input(cx, false, |cx, bytes| {
-            let mut body = *up_body;
-            match body.feed(bytes, |payload| observer.request_body(payload)) {
-                Ok(n) => {
-                    *up_body = body;
-                    (n, Ok((n as u64, daemon.send(cx, &[IoSlice::new(&bytes[..n])]))))
-                }
-                Err(error) => (0, Err(error)),
-            }
+            let (n, error) = up_body.feed_good(bytes, |payload| observer.request_body(payload));
+            let send = n > 0 && (error.is_none() || *hijack);
+            let result = if send { daemon.send(cx, &[IoSlice::new(&bytes[..n])]) } else { Ok(()) };
+            (n, (n as u64, result, error))
         });
         match step {
             Poll::Pending => return Ok(Poll::Pending),
             Poll::Ready(Err(_)) => return Err(End::ClientGone),
             Poll::Ready(Ok(None)) => self.up = Up::Finishing,
-            Poll::Ready(Ok(Some(Ok((n, result))))) => {
+            Poll::Ready(Ok(Some((n, result, error)))) => {
                 self.taken += n;
+                self.bad_body(error)?;
                 match result {
                     Ok(()) => self.sent += n,
                     Err(_) => self.up = Up::Refused,
                 }
             }
-            // docker-modem may leave a chunked body unterminated and send raw stdin behind it: whether that
-            // is wrong is known when the daemon has answered.
-            Poll::Ready(Ok(Some(Err(_)))) if self.hijack && self.taken > 0 => self.up = Up::Watch,
-            Poll::Ready(Ok(Some(Err(error)))) => return Err(End::BadRequest(error)),
         }
         Ok(Poll::Ready(()))
+    }
+
+    /// docker-modem may leave a chunked body unterminated and send raw stdin behind it: whether that is wrong
+    /// is known when the daemon has answered, and until then it is held.
+    fn bad_body(&mut self, error: Option<Error>) -> Result<(), End> {
+        match error {
+            None => {}
+            Some(_) if self.hijack && self.taken > 0 => self.up = Up::Watch,
+            Some(error) => return Err(End::BadRequest(error)),
+        }
+        Ok(())
     }
 
     fn client_finished(&mut self) {
@@ -489,14 +489,9 @@ impl<O: Observer> Pump<'_, O> {
     fn relay_down(&mut self, cx: &mut Context<'_>) -> Result<Poll<()>, End> {
         let Pump { client, daemon, observer, down_body, .. } = self;
         let step = daemon.poll_input(cx, false, |cx, bytes| {
-            let mut body = *down_body;
-            match body.feed(bytes, |payload| observer.response_body(payload)) {
-                Ok(n) => {
-                    *down_body = body;
-                    (n, Ok((n as u64, client.send(cx, &[IoSlice::new(&bytes[..n])]))))
-                }
-                Err(error) => (0, Err(error)),
-            }
+            let (n, error) = down_body.feed_good(bytes, |payload| observer.response_body(payload));
+            let result = if n > 0 { client.send(cx, &[IoSlice::new(&bytes[..n])]) } else { Ok(()) };
+            (n, (n as u64, result, error))
         });
         match step {
             Poll::Pending => return Ok(Poll::Pending),
@@ -507,11 +502,13 @@ impl<O: Observer> Pump<'_, O> {
                 self.down = Down::Done;
             }
             Poll::Ready(Ok(None)) => return Err(End::DaemonFailed(eof("within its response"))),
-            Poll::Ready(Ok(Some(Err(error)))) => return Err(End::DaemonFailed(invalid(error))),
-            Poll::Ready(Ok(Some(Ok((n, result))))) => {
+            Poll::Ready(Ok(Some((n, result, error)))) => {
                 self.heard = true;
                 self.received += n;
                 result.map_err(|_| End::ClientGone)?;
+                if let Some(error) = error {
+                    return Err(End::DaemonFailed(invalid(error)));
+                }
             }
         }
         Ok(Poll::Ready(()))
@@ -597,7 +594,8 @@ fn eof(place: &str) -> io::Error {
 }
 
 fn invalid(error: Error) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, error.message)
+    let message = if error.kind == Kind::BadRequest { fault(&error.message).message } else { error.message };
+    io::Error::new(io::ErrorKind::InvalidData, message)
 }
 
 fn unexpected_upgrade() -> Error {

@@ -1,8 +1,8 @@
 //! Where a body ends. The tracker is fed with the bytes as they come and never changes, holds or joins them:
 //! the daemon's chunks are the progress lines that a user is waiting for.
 
-use super::head::{Framing, is_control, is_token};
-use crate::error::{Error, Kind};
+use super::head::{Framing, bad, is_control, is_token};
+use crate::error::Error;
 
 /// Bound of one chunk's extension, and of all trailers together.
 const MAX_EXTENSION: u32 = 4096;
@@ -66,8 +66,17 @@ impl Body {
     ///
     /// # Errors
     /// Chunk syntax. Nothing of `bytes` should be forwarded then, and the body is lost.
-    pub fn feed(&mut self, bytes: &[u8], mut payload: impl FnMut(&[u8])) -> Result<usize, Error> {
-        let mut at = 0;
+    pub fn feed(&mut self, bytes: &[u8], payload: impl FnMut(&[u8])) -> Result<usize, Error> {
+        match self.feed_good(bytes, payload) {
+            (used, None) => Ok(used),
+            (_, Some(error)) => Err(error),
+        }
+    }
+
+    /// Like [`Body::feed`], but what is wrong only ends it: the bytes before, up to the last chunk or piece of
+    /// one, are taken, and the body is where it was behind them.
+    pub fn feed_good(&mut self, bytes: &[u8], mut payload: impl FnMut(&[u8])) -> (usize, Option<Error>) {
+        let (mut at, mut good) = (0, (0, self.state));
         while at < bytes.len() {
             match self.state {
                 State::Done => break,
@@ -81,14 +90,24 @@ impl Body {
                     payload(&rest[..take]);
                     at += take;
                     self.state = self.after_data(left - take as u64);
+                    good = (at, self.state);
                 }
-                state => {
-                    self.state = state.next(bytes[at])?;
-                    at += 1;
-                }
+                state => match state.next(bytes[at]) {
+                    Ok(next) => {
+                        self.state = next;
+                        at += 1;
+                        if self.at_chunk_boundary() {
+                            good = (at, next);
+                        }
+                    }
+                    Err(error) => {
+                        self.state = good.1;
+                        return (good.0, Some(error));
+                    }
+                },
             }
         }
-        Ok(at)
+        (at, None)
     }
 
     fn after_data(&self, left: u64) -> State {
@@ -140,10 +159,6 @@ impl State {
             _ => return Err(bad("a chunk that does not end with CRLF")),
         })
     }
-}
-
-fn bad(reason: &str) -> Error {
-    Error::new(Kind::BadRequest, format!("bad HTTP body: {reason}"))
 }
 
 #[cfg(test)]
@@ -239,6 +254,16 @@ mod tests {
                 "{:?}",
                 &bytes[..bytes.len().min(40)]
             );
+        }
+    }
+
+    #[test]
+    fn what_comes_before_a_bad_chunk_can_be_taken_alone() {
+        for (bytes, good) in [("2\r\n{}\r\nraw", 7), ("2\r\n{}raw", 5), ("raw", 0), ("2\r\n{}\r\nab\n", 7)] {
+            let (mut body, mut payload) = (Body::new(Framing::Chunked), Vec::new());
+            let (used, error) = body.feed_good(bytes.as_bytes(), |p| payload.extend_from_slice(p));
+            assert!(error.is_some());
+            assert_eq!((used, payload.len()), (good, good.min(2)), "{bytes:?}");
         }
     }
 

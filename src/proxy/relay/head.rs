@@ -16,6 +16,8 @@ use crate::error::{Error, Kind};
 /// args travel in the query.
 pub const MAX_HEAD: usize = (1 << 20) + 4096;
 
+const BAD: &str = "bad HTTP request: ";
+
 /// How the end of a message body is found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Framing {
@@ -425,16 +427,18 @@ fn as_u32(n: usize) -> u32 {
     u32::try_from(n).unwrap_or(u32::MAX)
 }
 
-fn bad(reason: &str) -> Error {
-    Error::new(Kind::BadRequest, format!("bad HTTP request: {reason}"))
+pub(super) fn bad(reason: &str) -> Error {
+    Error::new(Kind::BadRequest, format!("{BAD}{reason}"))
 }
 
-fn fault(reason: &str) -> Error {
+/// What is wrong with a message, when it is the daemon's.
+pub(super) fn fault(reason: &str) -> Error {
+    let reason = reason.strip_prefix(BAD).unwrap_or(reason);
     Error::new(Kind::DaemonUnreachable, format!("the daemon sent a bad HTTP response: {reason}"))
 }
 
 fn too_large() -> Error {
-    Error::new(Kind::HeadTooLarge, "the request head is larger than 1 MiB, the limit of dockerd")
+    Error::new(Kind::HeadTooLarge, "the HTTP head is larger than 1 MiB, the limit of dockerd")
 }
 
 #[cfg(test)]

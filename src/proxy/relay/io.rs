@@ -15,7 +15,7 @@ use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::head::{RequestHead, Scanner};
+use super::head::{RequestHead, ResponseHead, Scanner};
 use crate::error::Error;
 use crate::provision::Stream;
 
@@ -149,16 +149,31 @@ impl Side {
     /// # Errors
     /// [`HeadError`]
     pub async fn read_head(&mut self) -> Result<Option<RequestHead>, HeadError> {
-        poll_fn(|cx| self.poll_head(cx)).await
+        poll_fn(|cx| self.poll_head(cx, |raw| RequestHead::parse(raw.to_vec()))).await
     }
 
-    fn poll_head(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<RequestHead>, HeadError>> {
+    /// Waits for a response head and consumes it, for a caller that speaks to a daemon itself (an upgrade that
+    /// the client has been promised already). What follows it stays buffered. Cancel-safe.
+    ///
+    /// # Errors
+    /// [`HeadError`]; a daemon that closes instead is `UnexpectedEof`.
+    pub async fn read_response(&mut self) -> Result<Vec<u8>, HeadError> {
+        let checked = |raw: &[u8]| ResponseHead::parse(raw, false).map(|_| raw.to_vec());
+        let head = poll_fn(|cx| self.poll_head(cx, checked)).await?;
+        head.ok_or_else(|| HeadError::Io(io::ErrorKind::UnexpectedEof.into()))
+    }
+
+    fn poll_head<T>(
+        &mut self,
+        cx: &mut Context<'_>,
+        parse: impl Fn(&[u8]) -> Result<T, Error>,
+    ) -> Poll<Result<Option<T>, HeadError>> {
         let mut scanner = std::mem::take(&mut self.scanner);
         loop {
             // What is buffered may be pipelined: only bytes beyond the scanner's reach must be waited for.
             let more = self.buffered().len() <= scanner.reach();
             let step = self.poll_input(cx, more, |_, bytes| match scanner.scan(bytes) {
-                Ok(Some((start, end))) => (end, Some(RequestHead::parse(bytes[start..end].to_vec()))),
+                Ok(Some((start, end))) => (end, Some(parse(&bytes[start..end]))),
                 Ok(None) => (0, None),
                 Err(error) => (0, Some(Err(error))),
             });
@@ -522,6 +537,19 @@ mod tests {
         assert_eq!(read_to_end(&mut far_b).await.1, Ending::Fin);
         assert_eq!(read_to_end(&mut far_c).await.1, Ending::Fin);
         assert!(a.is_closed() && a.is_dead() && a.fill().await.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_response_head_is_read_for_a_caller_of_its_own() {
+        let (mut near, mut far) = unix();
+        near.write_all(b"POST /grpc HTTP/1.1\r\n\r\n").await.unwrap();
+        say(&mut far, "HTTP/1.1 101 Switching Protocols\r\nUpgrade: h2c\r\n\r\n\0\0").await;
+        let raw = soon(near.read_response()).await.unwrap();
+        assert_eq!(ResponseHead::parse(&raw, false).unwrap().status, 101);
+        assert_eq!(near.buffered(), b"\0\0");
+        near.consume(2);
+        drop(far);
+        assert!(matches!(near.read_response().await, Err(HeadError::Io(_))));
     }
 
     #[tokio::test]

@@ -70,7 +70,7 @@ pub async fn read_to_end(far: &mut impl Far) -> (Vec<u8>, Ending) {
     }
 }
 
-pub async fn say(far: &mut impl Far, text: impl AsRef<[u8]>) {
+pub async fn say(far: &mut (impl AsyncWrite + Unpin), text: impl AsRef<[u8]>) {
     soon(far.write_all(text.as_ref())).await.unwrap();
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 
@@ -466,6 +466,128 @@ async fn a_bad_chunk_that_comes_with_its_head_keeps_the_request_from_the_daemon(
 }
 
 #[tokio::test]
+async fn a_bad_chunk_behind_a_100_continue_can_still_be_answered() {
+    let (mut client, mut daemon, task) = world(PLAIN, false).await;
+    say(&mut client, "POST / HTTP/1.1\r\nExpect: 100-continue\r\nTransfer-Encoding: chunked\r\n\r\n").await;
+    read_until(&mut daemon, "\r\n\r\n").await;
+    say(&mut daemon, "HTTP/1.1 100 Continue\r\n\r\n").await;
+    read_until(&mut client, "\r\n\r\n").await;
+    say(&mut client, "nonsense").await;
+    assert!(matches!(over(task).await.exchange.outcome, Outcome::BadRequest { answerable: true, .. }));
+}
+
+#[tokio::test]
+async fn a_bad_chunk_of_the_daemon_breaks_the_stream() {
+    let line = Error::new(Kind::SessionLost, "gone").stream_line();
+    let injected = format!("{:x}\r\n{line}\r\n", line.len());
+    for (first, second, arrives) in [
+        ("1\r\na\r\n", "0\n\n", injected.clone()),
+        ("3\r\na", "bc\r\n2\r\nde\r\nzz", format!("bc\r\n2\r\nde\r\n{injected}")),
+        ("3\r\na", "bcd\r\n", "bc".to_string()),
+        ("1\r\na\r\n0", "\n\n", String::new()),
+    ] {
+        let (mut client, mut daemon, task) = world(PLAIN, true).await;
+        say(&mut client, "GET / HTTP/1.1\r\n\r\n").await;
+        let good = format!("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n{first}");
+        say(&mut daemon, &good).await;
+        read_until(&mut client, &good).await;
+        say(&mut daemon, second).await;
+        let (rest, end) = read_to_end(&mut client).await;
+        assert_eq!((String::from_utf8(rest), end), (Ok(arrives), Ending::Fin));
+        drop(client);
+        assert_eq!(over(task).await.failure().error.kind(), io::ErrorKind::InvalidData);
+    }
+}
+
+#[tokio::test]
+async fn a_silent_daemon_is_left_when_a_unix_client_has_died() {
+    let ((near_client, mut client), (near_daemon, mut daemon)) = (unix(), unix());
+    let task = relay(near_client, near_daemon, PLAIN, false);
+    say(&mut client, "GET /events HTTP/1.1\r\n\r\n").await;
+    read_until(&mut daemon, "\r\n\r\n").await;
+    let died = Instant::now();
+    drop(client);
+    assert_eq!(read_to_end(&mut daemon).await.1, Ending::Fin);
+    assert!(matches!(over(task).await.exchange.outcome, Outcome::ClientGone));
+    assert!(died.elapsed() <= Duration::from_secs(1), "{:?}", died.elapsed());
+}
+
+#[tokio::test]
+async fn a_client_that_has_only_finished_gets_a_response_that_keeps_coming() {
+    let (mut client, mut daemon, task) = world(PLAIN, false).await;
+    say(&mut client, "GET /images/get HTTP/1.1\r\n\r\n").await;
+    client.shutdown().await.unwrap();
+    read_to_end(&mut daemon).await;
+    say(&mut daemon, "HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n").await;
+    for piece in ["a", "b", "c", "d", "e", "f"] {
+        // Slower in all than a silent daemon would be given.
+        sleep(AFTER_FIN / 4).await;
+        say(&mut daemon, piece).await;
+        read_until(&mut client, piece).await;
+    }
+    assert_eq!(over(task).await.kept(), (false, false));
+}
+
+/// Sends the pieces one by one, so that they mostly arrive one by one.
+async fn in_pieces(far: &mut (impl AsyncWrite + Unpin), bytes: &[u8], seed: &mut u64) {
+    let mut rest = bytes;
+    while !rest.is_empty() {
+        *seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        let (piece, tail) = rest.split_at((1 + (*seed >> 33) as usize % 12).min(rest.len()));
+        say(far, piece).await;
+        for _ in 0..*seed >> 62 {
+            tokio::task::yield_now().await;
+        }
+        rest = tail;
+    }
+}
+
+#[tokio::test]
+async fn however_a_conversation_is_cut_it_arrives_the_same() {
+    let requests = [
+        "POST /1 HTTP/1.1\r\nHost:\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\nB;x=y\r\n0\r\n\r\n hello\r\n0\r\nT: v\r\n\r\n",
+        "HEAD /2 HTTP/1.1\r\n\r\n",
+        "PUT /3 HTTP/1.1\r\nContent-Length: 5\r\n\r\n\r\n\r\n!",
+    ];
+    let responses = [
+        "HTTP/1.1 102 Processing\r\n\r\nHTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\n\r\n\r\n\r\n0\r\n\r\n",
+        "HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n",
+        "HTTP/1.1 404 Not Found\r\nContent-Length: 3\r\n\r\nno!",
+    ];
+    for mut seed in 0..60 {
+        let ((mut near_client, client), (mut near_daemon, mut daemon)) = (tcp().await, unix());
+        let task = tokio::spawn(async move {
+            while let Some(head) = near_client.read_head().await.unwrap() {
+                let end = exchange(&mut near_client, &mut near_daemon, &head, PLAIN, &mut ()).await;
+                assert!(matches!(end.outcome, Outcome::Done { keep_daemon: true, .. }), "{end:?}");
+            }
+        });
+        let (mut reading, mut writing) = tokio::io::split(client);
+        let mut other_seed = seed ^ 77;
+        let asking = async {
+            in_pieces(&mut writing, requests.concat().as_bytes(), &mut seed).await;
+        };
+        let answering = async {
+            for (request, response) in requests.iter().zip(responses) {
+                let mut got = vec![0; request.len()];
+                soon(tokio::io::AsyncReadExt::read_exact(&mut daemon, &mut got)).await.unwrap();
+                assert_eq!(got, request.as_bytes());
+                in_pieces(&mut daemon, response.as_bytes(), &mut other_seed).await;
+            }
+        };
+        let expected = responses.concat();
+        let mut got = vec![0; expected.len()];
+        let reading = async {
+            soon(tokio::io::AsyncReadExt::read_exact(&mut reading, &mut got)).await.unwrap();
+        };
+        tokio::join!(asking, answering, reading);
+        assert_eq!(String::from_utf8(got), Ok(expected));
+        soon(writing.shutdown()).await.unwrap();
+        soon(task).await.unwrap();
+    }
+}
+
+#[tokio::test]
 async fn a_hijack_becomes_a_tunnel_on_101_and_on_a_bare_200() {
     for answer in [
         "HTTP/1.1 101 UPGRADED\r\nContent-Type: application/vnd.docker.raw-stream\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\n",
@@ -491,6 +613,18 @@ async fn a_hijack_becomes_a_tunnel_on_101_and_on_a_bare_200() {
             assert_eq!(soon(done.daemon.peek(10)).await.unwrap(), b"raw output");
         }
     }
+}
+
+#[tokio::test]
+async fn raw_stdin_in_one_segment_with_an_unterminated_body_is_held() {
+    let (mut client, mut daemon, task) = world(HIJACK, false).await;
+    let request = "POST /exec/a/start HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n";
+    say(&mut client, format!("{request}ls -l\n")).await;
+    assert_eq!(read_until(&mut daemon, "{}\r\n").await, request);
+    say(&mut daemon, "HTTP/1.1 101 UPGRADED\r\n\r\n").await;
+    let mut done = over(task).await;
+    assert!(matches!(done.exchange.outcome, Outcome::Upgraded));
+    assert_eq!(soon(done.client.peek(6)).await.unwrap(), b"ls -l\n");
 }
 
 #[tokio::test]

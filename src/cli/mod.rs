@@ -1,0 +1,150 @@
+//! The commands: what was typed becomes a call of the library.
+
+mod serve;
+mod status;
+mod up;
+
+use std::path::PathBuf;
+
+use clap::{Args, CommandFactory, Parser, Subcommand};
+
+use crate::config::{Raw, RawListener};
+
+/// A pool of Docker daemons that looks like one.
+#[derive(Debug, Parser)]
+#[command(name = "dindpool", version, about, max_term_width = 100)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve a pool of daemons that exist already
+    Serve(serve::Serve),
+    /// Start a local pool of dockerd processes and serve it
+    Up(up::Up),
+    /// Show daemons, slots and sessions of a running pool
+    Status(status::Status),
+    /// Print a completion script for a shell
+    Completions {
+        /// bash, zsh, fish, elvish or powershell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// The settings that `serve` and `up` share. Each is also a variable and, but for `--config`, a key of the file.
+#[derive(Debug, Args)]
+pub struct Common {
+    /// Configuration file (TOML); unknown keys are refused
+    #[arg(long, env = "DINDPOOL_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Where clients connect: tcp://0.0.0.0:2375 or unix:///path; repeats
+    #[arg(long, env = "DINDPOOL_LISTEN", value_name = "ADDR", value_delimiter = ',')]
+    listen: Vec<String>,
+    /// Where /metrics, /status, /livez and /readyz are [default: 127.0.0.1:9375]
+    #[arg(long, env = "DINDPOOL_ADMIN", value_name = "ADDR")]
+    admin: Option<String>,
+    /// Sessions that work at the same time on one daemon [default: from its processors and memory]
+    #[arg(long, env = "DINDPOOL_SLOTS", value_name = "N")]
+    slots: Option<u32>,
+    /// How long a session keeps its daemon after its last request [default: 5m]
+    #[arg(long, env = "DINDPOOL_SESSION_GRACE", value_name = "TIME")]
+    session_grace: Option<String>,
+    /// How long a session keeps its slot after its last build or container [default: 10s]
+    #[arg(long, env = "DINDPOOL_SLOT_LINGER", value_name = "TIME")]
+    slot_linger: Option<String>,
+    /// Environment variables of a client on this machine that name its session; A+B: both together
+    /// [default: CI_JOB_ID, BUILD_TAG, GITHUB_RUN_ID+GITHUB_RUN_ATTEMPT]
+    #[arg(long, env = "DINDPOOL_SESSION_ENV", value_name = "NAME", value_delimiter = ',')]
+    session_env: Vec<String>,
+    /// Time between two probes of a daemon [default: 2s]
+    #[arg(long, env = "DINDPOOL_PROBE_INTERVAL", value_name = "TIME")]
+    probe_interval: Option<String>,
+    /// How long a probe may take [default: 2s]
+    #[arg(long, env = "DINDPOOL_PROBE_DEADLINE", value_name = "TIME")]
+    probe_deadline: Option<String>,
+    /// How long connecting to a daemon may take [default: 5s]
+    #[arg(long, env = "DINDPOOL_CONNECT_DEADLINE", value_name = "TIME")]
+    connect_deadline: Option<String>,
+    /// How long open streams may go on after SIGTERM [default: 10m]
+    #[arg(long, env = "DINDPOOL_SHUTDOWN_GRACE", value_name = "TIME")]
+    shutdown_grace: Option<String>,
+    /// text or json
+    #[arg(long, env = "DINDPOOL_LOG_FORMAT", value_name = "FORMAT")]
+    log_format: Option<String>,
+    /// What is logged: warn, info, debug, or a filter such as dindpool::proxy=debug
+    #[arg(long, env = "DINDPOOL_LOG_LEVEL", value_name = "FILTER")]
+    log_level: Option<String>,
+}
+
+impl Common {
+    /// What was typed, with the file under it.
+    fn raw(self) -> anyhow::Result<Raw> {
+        let file = match &self.config {
+            Some(path) => Raw::from_file(path)?,
+            None => Raw::default(),
+        };
+        let some = |list: Vec<String>| (!list.is_empty()).then_some(list);
+        let listener = |address: String| RawListener { address, ..RawListener::default() };
+        let typed = Raw {
+            listen: some(self.listen).map(|l| l.into_iter().map(listener).collect()),
+            admin: self.admin,
+            daemons: None,
+            slots: self.slots,
+            session_grace: self.session_grace,
+            slot_linger: self.slot_linger,
+            session_env: some(self.session_env),
+            probe_interval: self.probe_interval,
+            probe_deadline: self.probe_deadline,
+            connect_deadline: self.connect_deadline,
+            shutdown_grace: self.shutdown_grace,
+            log_format: self.log_format,
+            log_level: self.log_level,
+        };
+        Ok(typed.or(file))
+    }
+}
+
+/// Runs what was typed.
+///
+/// # Errors
+/// Everything that keeps the command from doing it, in words for its user.
+pub fn run(cli: Cli) -> anyhow::Result<()> {
+    match cli.command {
+        Command::Serve(serve) => runtime()?.block_on(serve.run()),
+        Command::Up(up) => runtime()?.block_on(up.run()),
+        Command::Status(status) => runtime()?.block_on(status.run()),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "dindpool", &mut std::io::stdout());
+            Ok(())
+        }
+    }
+}
+
+fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread().enable_all().build()
+}
+
+/// Completes at SIGTERM or SIGINT. A second signal ends the process at once.
+async fn signals() {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+    else {
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = term.recv() => {}
+        _ = int.recv() => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

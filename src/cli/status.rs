@@ -1,0 +1,137 @@
+//! `dindpool status`: the pool as a table, or as JSON.
+
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::Args;
+use http_body_util::{BodyExt, Empty};
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpStream;
+
+use crate::config::DEFAULT_ADMIN;
+use crate::metrics::{health_word, state_word};
+use crate::pool::status::Status as Pool;
+
+#[derive(Debug, Args)]
+pub struct Status {
+    /// The pool's admin listener
+    #[arg(long, env = "DINDPOOL_ADMIN", default_value = DEFAULT_ADMIN, value_name = "ADDR")]
+    admin: String,
+    /// Print /status as it is
+    #[arg(long)]
+    json: bool,
+}
+
+impl Status {
+    pub async fn run(self) -> anyhow::Result<()> {
+        let address = self.admin.trim_start_matches("http://").trim_end_matches('/');
+        let body = tokio::time::timeout(Duration::from_secs(10), get(address))
+            .await
+            .context("no answer within 10 s")
+            .flatten()
+            .with_context(|| {
+                format!("no dindpool answers at http://{address} (is it running? see --admin)")
+            })?;
+        if self.json {
+            println!("{body}");
+            return Ok(());
+        }
+        let pool: Pool = serde_json::from_str(&body).context("what answers there is no dindpool")?;
+        print!("{}", table(&pool));
+        Ok(())
+    }
+}
+
+async fn get(address: &str) -> anyhow::Result<String> {
+    let stream = TcpStream::connect(address).await?;
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+    tokio::spawn(connection);
+    let request = hyper::Request::get("/status").header("host", address).body(Empty::<bytes::Bytes>::new())?;
+    let response = sender.send_request(request).await?;
+    anyhow::ensure!(response.status().is_success(), "it answered {}", response.status());
+    Ok(String::from_utf8(response.into_body().collect().await?.to_bytes().to_vec())?)
+}
+
+/// The pool as a person reads it.
+fn table(pool: &Pool) -> String {
+    let mut rows = vec![["DAEMON", "STATE", "SLOTS", "SESSIONS", "VERSION", "ADDRESS", ""].map(String::from)];
+    for d in &pool.daemons {
+        let health = health_word(d.health);
+        let state = state_word(d.state);
+        rows.push([
+            d.id.clone(),
+            if state == "ready" && health == "ejected" { health.into() } else { state.into() },
+            format!("{}/{}", d.used, d.slots),
+            d.sessions.to_string(),
+            d.version.clone(),
+            d.address.clone(),
+            d.reason.clone(),
+        ]);
+    }
+    let mut out = align(&rows);
+    let mut rows =
+        vec![["SESSION", "DAEMON", "SLOTS", "OPEN", "CONTAINERS", "SINCE", "TENANT"].map(String::from)];
+    for s in &pool.sessions {
+        rows.push([
+            s.key.clone(),
+            s.daemon.clone(),
+            s.slots.to_string(),
+            s.open.to_string(),
+            s.containers.to_string(),
+            span(s.since),
+            s.tenant.clone(),
+        ]);
+    }
+    out.push('\n');
+    if pool.sessions.is_empty() {
+        out.push_str("no sessions\n");
+    } else {
+        out.push_str(&align(&rows));
+    }
+    if let Some((min, max)) = &pool.api {
+        out.push_str(&format!("\nAPI {min} to {max}, {} waiting\n", pool.queue.waiting));
+    }
+    for problem in &pool.problems {
+        out.push_str(&format!("problem: {problem}\n"));
+    }
+    out
+}
+
+fn align<const N: usize>(rows: &[[String; N]]) -> String {
+    let mut widths = [0; N];
+    for row in rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = (*width).max(cell.chars().count());
+        }
+    }
+    let mut out = String::new();
+    for row in rows {
+        let cells: Vec<String> =
+            row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+        out.push_str(cells.join("  ").trim_end());
+        out.push('\n');
+    }
+    out
+}
+
+/// `42s`, `7m`, `3h12m`.
+fn span(seconds: f64) -> String {
+    let seconds = seconds as u64;
+    match seconds {
+        0..=119 => format!("{seconds}s"),
+        120..=7199 => format!("{}m", seconds / 60),
+        _ => format!("{}h{:02}m", seconds / 3600, seconds % 3600 / 60),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_line_up_and_spans_are_short() {
+        let rows = [["a".to_string(), "bb".into()], ["ccc".into(), "d".into()]];
+        assert_eq!(align(&rows), "a    bb\nccc  d\n");
+        assert_eq!([span(5.0), span(300.0), span(11_520.0)], ["5s", "5m", "3h12m"]);
+    }
+}

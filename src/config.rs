@@ -1,0 +1,404 @@
+//! Configuration: what was typed (flags, `DINDPOOL_*` variables, a file; [`Raw`]) and what it means
+//! ([`Settings`]) are two types. All faults are reported at once, before anything binds; unknown keys are
+//! refused.
+//!
+//! A flag wins over its variable, that over the file, that over the default.
+
+use std::fmt;
+use std::path::Path;
+use std::time::Duration;
+
+use toml::Value;
+
+use crate::pool;
+use crate::provision::fixed::{self, FixedAddress};
+use crate::proxy::identify::ListenerIdentity;
+use crate::proxy::listener::Address;
+use crate::proxy::peer;
+
+/// The port that Docker's clients know for plain TCP (IANA: docker).
+pub const DEFAULT_LISTEN: &str = "tcp://0.0.0.0:2375";
+/// Beside Docker's own metrics port (9323), free in the Prometheus exporters' list.
+pub const DEFAULT_ADMIN: &str = "127.0.0.1:9375";
+
+/// A listener as it was typed.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct RawListener {
+    /// `tcp://…` or `unix://…`
+    pub address: String,
+    /// Who its clients belong to.
+    pub tenant: Option<String>,
+    /// Makes all of its clients one session.
+    pub session: Option<String>,
+}
+
+/// Every setting as it was typed; `None` where it was not.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Raw {
+    /// Where clients connect.
+    pub listen: Option<Vec<RawListener>>,
+    /// Where `/metrics`, `/status` and the probes are.
+    pub admin: Option<String>,
+    /// Fixed daemons.
+    pub daemons: Option<Vec<String>>,
+    /// Slots of each daemon.
+    pub slots: Option<u32>,
+    /// How long a lease outlives its last request.
+    pub session_grace: Option<String>,
+    /// How long a session keeps its last slot without work.
+    pub slot_linger: Option<String>,
+    /// Environment variables of a client process that name its session.
+    pub session_env: Option<Vec<String>>,
+    /// Time between two probes.
+    pub probe_interval: Option<String>,
+    /// How long a probe may take.
+    pub probe_deadline: Option<String>,
+    /// How long a connection to a daemon may take.
+    pub connect_deadline: Option<String>,
+    /// How long open streams may go on after SIGTERM.
+    pub shutdown_grace: Option<String>,
+    /// `text` or `json`.
+    pub log_format: Option<String>,
+    /// A tracing filter, `info` or `dindpool=debug`.
+    pub log_level: Option<String>,
+}
+
+/// A listener as it is meant.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listener {
+    /// Where.
+    pub address: Address,
+    /// What it says about its clients.
+    pub identity: ListenerIdentity,
+}
+
+/// What the settings mean.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Where clients connect.
+    pub listen: Vec<Listener>,
+    /// Where the admin listener is; port 0 takes a free one.
+    pub admin: String,
+    /// Fixed daemons.
+    pub daemons: Vec<FixedAddress>,
+    /// How the pool behaves.
+    pub pool: pool::Config,
+    /// Environment variables that name a session.
+    pub session_env: Vec<String>,
+    /// How long open streams may go on after SIGTERM.
+    pub shutdown_grace: Duration,
+    /// Whether the log is JSON.
+    pub log_json: bool,
+    /// A tracing filter.
+    pub log_level: String,
+}
+
+/// All that is wrong, a sentence each.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Faults(pub Vec<String>);
+
+impl fmt::Display for Faults {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the configuration has {} fault(s):", self.0.len())?;
+        self.0.iter().try_for_each(|fault| write!(f, "\n  - {fault}"))
+    }
+}
+
+impl std::error::Error for Faults {}
+
+/// The keys of the file, for the message about an unknown one.
+const KEYS: &[&str] = &[
+    "listen",
+    "admin",
+    "daemons",
+    "slots",
+    "session_grace",
+    "slot_linger",
+    "session_env",
+    "probe_interval",
+    "probe_deadline",
+    "connect_deadline",
+    "shutdown_grace",
+    "log_format",
+    "log_level",
+];
+
+impl Raw {
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// When it cannot be read or is no TOML; and every unknown key and wrong type in it, all at once.
+    pub fn from_file(path: &Path) -> Result<Raw, Faults> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|e| Faults(vec![format!("cannot read {}: {e}", path.display())]))?;
+        Raw::from_toml(&text)
+            .map_err(|Faults(f)| Faults(f.into_iter().map(|f| format!("{}: {f}", path.display())).collect()))
+    }
+
+    /// Reads TOML text.
+    ///
+    /// # Errors
+    /// As [`Raw::from_file`].
+    pub fn from_toml(text: &str) -> Result<Raw, Faults> {
+        let table: toml::Table = text.parse().map_err(|e: toml::de::Error| Faults(vec![e.to_string()]))?;
+        let mut raw = Raw::default();
+        let mut faults = Vec::new();
+        for (key, value) in table {
+            let result = match key.as_str() {
+                "listen" => listeners(value).map(|v| raw.listen = Some(v)),
+                "admin" => text_of(value).map(|v| raw.admin = Some(v)),
+                "daemons" => texts(value).map(|v| raw.daemons = Some(v)),
+                "slots" => number(value).map(|v| raw.slots = Some(v)),
+                "session_grace" => text_of(value).map(|v| raw.session_grace = Some(v)),
+                "slot_linger" => text_of(value).map(|v| raw.slot_linger = Some(v)),
+                "session_env" => texts(value).map(|v| raw.session_env = Some(v)),
+                "probe_interval" => text_of(value).map(|v| raw.probe_interval = Some(v)),
+                "probe_deadline" => text_of(value).map(|v| raw.probe_deadline = Some(v)),
+                "connect_deadline" => text_of(value).map(|v| raw.connect_deadline = Some(v)),
+                "shutdown_grace" => text_of(value).map(|v| raw.shutdown_grace = Some(v)),
+                "log_format" => text_of(value).map(|v| raw.log_format = Some(v)),
+                "log_level" => text_of(value).map(|v| raw.log_level = Some(v)),
+                _ => Err(format!("unknown key; known are {}", KEYS.join(", "))),
+            };
+            if let Err(fault) = result {
+                faults.push(format!("{key}: {fault}"));
+            }
+        }
+        if faults.is_empty() { Ok(raw) } else { Err(Faults(faults)) }
+    }
+
+    /// These settings, and `under` where these say nothing.
+    #[must_use]
+    pub fn or(self, under: Raw) -> Raw {
+        Raw {
+            listen: self.listen.or(under.listen),
+            admin: self.admin.or(under.admin),
+            daemons: self.daemons.or(under.daemons),
+            slots: self.slots.or(under.slots),
+            session_grace: self.session_grace.or(under.session_grace),
+            slot_linger: self.slot_linger.or(under.slot_linger),
+            session_env: self.session_env.or(under.session_env),
+            probe_interval: self.probe_interval.or(under.probe_interval),
+            probe_deadline: self.probe_deadline.or(under.probe_deadline),
+            connect_deadline: self.connect_deadline.or(under.connect_deadline),
+            shutdown_grace: self.shutdown_grace.or(under.shutdown_grace),
+            log_format: self.log_format.or(under.log_format),
+            log_level: self.log_level.or(under.log_level),
+        }
+    }
+
+    /// What these settings mean. `needs_daemons` is false where the command makes its own.
+    ///
+    /// # Errors
+    /// Every fault, all at once.
+    pub fn validate(self, needs_daemons: bool) -> Result<Settings, Faults> {
+        let mut faults = Vec::new();
+        let default = || vec![RawListener { address: DEFAULT_LISTEN.into(), ..RawListener::default() }];
+        let listen = self.listen.unwrap_or_else(default);
+        let listen: Vec<Listener> = listen.into_iter().filter_map(|l| listener(l, &mut faults)).collect();
+        let daemons: Vec<FixedAddress> = self
+            .daemons
+            .unwrap_or_default()
+            .iter()
+            .filter_map(|d| fixed::parse(d).map_err(|e| faults.push(format!("daemons: {e}"))).ok())
+            .collect();
+        if needs_daemons && daemons.is_empty() && faults.is_empty() {
+            faults.push("daemons: none given; use --daemon tcp://host:2375, once for each".into());
+        }
+        if self.slots == Some(0) {
+            faults.push("slots: a daemon needs at least one".into());
+        }
+        let mut pool = pool::Config { slots: self.slots, ..pool::Config::default() };
+        let mut shutdown_grace = Duration::from_secs(600);
+        let mut set = |name: &str, text: Option<String>, to: &mut Duration, min: Duration| {
+            let Some(text) = text else { return };
+            match duration(&text) {
+                Some(value) if value >= min => *to = value,
+                Some(_) => faults.push(format!("{name}: {text} is less than {} ms", min.as_millis())),
+                None => faults.push(format!("{name}: {text} is no duration; use 500ms, 30s, 5m or 2h")),
+            }
+        };
+        let zero = Duration::ZERO;
+        set("session_grace", self.session_grace, &mut pool.engine.grace, zero);
+        set("slot_linger", self.slot_linger, &mut pool.engine.linger, zero);
+        set("probe_interval", self.probe_interval, &mut pool.probe_interval, Duration::from_millis(100));
+        set("probe_deadline", self.probe_deadline, &mut pool.probe_deadline, Duration::from_millis(100));
+        set(
+            "connect_deadline",
+            self.connect_deadline,
+            &mut pool.connect_deadline,
+            Duration::from_millis(100),
+        );
+        set("shutdown_grace", self.shutdown_grace, &mut shutdown_grace, zero);
+        let log_json = match self.log_format.as_deref() {
+            None | Some("text") => false,
+            Some("json") => true,
+            Some(other) => {
+                faults.push(format!("log_format: {other} is neither text nor json"));
+                false
+            }
+        };
+        let log_level = self.log_level.unwrap_or_else(|| "info".into());
+        if log_level.parse::<tracing_subscriber::filter::EnvFilter>().is_err() {
+            faults.push(format!("log_level: {log_level} is no filter; use info, debug or dindpool=debug"));
+        }
+        let admin = self.admin.unwrap_or_else(|| DEFAULT_ADMIN.into());
+        if admin.rsplit_once(':').is_none_or(|(_, port)| port.parse::<u16>().is_err()) {
+            faults.push(format!("admin: {admin} is no address; use 127.0.0.1:9375"));
+        }
+        if !faults.is_empty() {
+            return Err(Faults(faults));
+        }
+        Ok(Settings {
+            listen,
+            admin,
+            daemons,
+            pool,
+            session_env: self.session_env.unwrap_or_else(peer::default_variables),
+            shutdown_grace,
+            log_json,
+            log_level,
+        })
+    }
+}
+
+fn listener(raw: RawListener, faults: &mut Vec<String>) -> Option<Listener> {
+    let word = |name: &str, value: &Option<String>| {
+        value
+            .as_ref()
+            .filter(|v| v.is_empty() || !v.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b)))
+            .map(|v| format!("listen: {name} {v:?} must consist of the characters A-Z a-z 0-9 . _ -"))
+    };
+    faults.extend(word("tenant", &raw.tenant));
+    faults.extend(word("session", &raw.session));
+    match raw.address.parse() {
+        Ok(address) => {
+            let tenant = raw.tenant.as_deref().unwrap_or("default").into();
+            Some(Listener { address, identity: ListenerIdentity { tenant, session: raw.session } })
+        }
+        Err(fault) => {
+            faults.push(format!("listen: {fault}"));
+            None
+        }
+    }
+}
+
+/// `500ms`, `30s`, `5m`, `2h`.
+pub fn duration(text: &str) -> Option<Duration> {
+    let split = text.find(|c: char| !c.is_ascii_digit() && c != '.')?;
+    let (number, unit) = text.split_at(split);
+    let number: f64 = number.parse().ok()?;
+    let seconds = match unit {
+        "ms" => number / 1000.0,
+        "s" => number,
+        "m" => number * 60.0,
+        "h" => number * 3600.0,
+        _ => return None,
+    };
+    Duration::try_from_secs_f64(seconds).ok()
+}
+
+fn text_of(value: Value) -> Result<String, String> {
+    match value {
+        Value::String(text) => Ok(text),
+        other => Err(format!("expected text, found {}", other.type_str())),
+    }
+}
+
+fn texts(value: Value) -> Result<Vec<String>, String> {
+    match value {
+        Value::Array(items) => items.into_iter().map(text_of).collect(),
+        other => Err(format!("expected a list of texts, found {}", other.type_str())),
+    }
+}
+
+fn number(value: Value) -> Result<u32, String> {
+    match value {
+        Value::Integer(n) => u32::try_from(n).map_err(|_| format!("{n} is out of range")),
+        other => Err(format!("expected a number, found {}", other.type_str())),
+    }
+}
+
+fn listeners(value: Value) -> Result<Vec<RawListener>, String> {
+    let Value::Array(items) = value else {
+        return Err(format!("expected a list, found {}", value.type_str()));
+    };
+    items
+        .into_iter()
+        .map(|item| match item {
+            Value::String(address) => Ok(RawListener { address, ..RawListener::default() }),
+            Value::Table(table) => {
+                let mut raw = RawListener::default();
+                for (key, value) in table {
+                    match key.as_str() {
+                        "address" => raw.address = text_of(value)?,
+                        "tenant" => raw.tenant = Some(text_of(value)?),
+                        "session" => raw.session = Some(text_of(value)?),
+                        _ => return Err(format!("unknown key {key}; known are address, tenant, session")),
+                    }
+                }
+                Ok(raw)
+            }
+            other => Err(format!("expected an address or a table, found {}", other.type_str())),
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_faults_are_reported_at_once() {
+        let raw = Raw::from_toml("slots = 0\nadmin = \"x\"\nsession_grace = \"soon\"\nlisten = [\"tcp:/x\"]")
+            .unwrap();
+        let Faults(faults) = raw.validate(true).unwrap_err();
+        for word in ["slots", "admin", "session_grace", "listen"] {
+            assert!(faults.iter().any(|f| f.starts_with(word)), "{word} in {faults:?}");
+        }
+    }
+
+    #[test]
+    fn unknown_keys_and_wrong_types_are_refused_together() {
+        let Faults(faults) = Raw::from_toml("slot = 3\nadmin = 7\n").unwrap_err();
+        assert_eq!(faults.len(), 2);
+        assert!(faults.iter().any(|f| f.starts_with("slot: unknown key")));
+    }
+
+    #[test]
+    fn a_flag_wins_over_the_file() {
+        let flags = Raw { slots: Some(4), ..Raw::default() };
+        let file = Raw::from_toml("slots = 2\ndaemons = [\"tcp://10.0.0.1:2375\"]").unwrap();
+        let settings = flags.or(file).validate(true).unwrap();
+        assert_eq!(settings.pool.slots, Some(4));
+        assert_eq!(settings.daemons.len(), 1);
+        assert_eq!(settings.listen[0].address.to_string(), DEFAULT_LISTEN);
+    }
+
+    #[test]
+    fn listeners_carry_a_tenant_and_a_session() {
+        let raw = Raw::from_toml(
+            "daemons = [\"tcp://10.0.0.1\"]\n[[listen]]\naddress = \"unix:///run/a.sock\"\ntenant = \"team-a\"\nsession = \"release\"",
+        )
+        .unwrap();
+        let settings = raw.validate(true).unwrap();
+        assert_eq!(settings.listen[0].identity.tenant.as_str(), "team-a");
+        assert_eq!(settings.listen[0].identity.session.as_deref(), Some("release"));
+    }
+
+    #[test]
+    fn durations_have_units() {
+        assert_eq!(duration("500ms"), Some(Duration::from_millis(500)));
+        assert_eq!(duration("1.5m"), Some(Duration::from_secs(90)));
+        for bad in ["5", "s", "5d", "-1s", ""] {
+            assert_eq!(duration(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn without_daemons_serve_says_what_to_do() {
+        let Faults(faults) = Raw::default().validate(true).unwrap_err();
+        assert!(faults[0].contains("--daemon tcp://host:2375"));
+        assert!(Raw::default().validate(false).is_ok());
+    }
+}

@@ -1,0 +1,193 @@
+//! Whose request it is (pure): the session key and the tenant, by the precedence of design decision 1.
+
+use std::net::IpAddr;
+
+use super::classify::Prefix;
+use crate::engine::model::{SessionKey, Tenant};
+use crate::error::{Error, Kind};
+
+/// The header that names a session explicitly.
+pub const HEADER: &str = "x-dindpool-session";
+/// Keys are stored, logged and listed: they have a length.
+const MAX_KEY: usize = 128;
+
+/// What the listener says about its connections.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ListenerIdentity {
+    /// Who its clients belong to.
+    pub tenant: Tenant,
+    /// The one session of a dedicated listener.
+    pub session: Option<String>,
+}
+
+/// What the connection says about its client.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Source {
+    /// A machine, a pod, a container.
+    Ip(IpAddr),
+    /// A process on this machine, recognised by its environment or its POSIX session.
+    Process(String),
+    /// A process on this machine of which only the user is known.
+    User(u32),
+}
+
+/// Whose request it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
+    /// The session.
+    pub key: SessionKey,
+    /// The source's own key, when the session's is explicit and other connections of the same client may
+    /// not carry it.
+    pub source: Option<SessionKey>,
+    /// Who it belongs to.
+    pub tenant: Tenant,
+}
+
+/// The identity of a request. `header` is the value of [`HEADER`], if it was sent.
+///
+/// # Errors
+/// When an explicit key or tenant has characters or a length that it may not have.
+pub fn identify(
+    listener: &ListenerIdentity,
+    source: &Source,
+    prefix: &Prefix<'_>,
+    header: Option<&[u8]>,
+) -> Result<Identity, Error> {
+    let tenant = match prefix.tenant {
+        Some(tenant) => Tenant::from(checked("the tenant in the path", tenant)?),
+        None => listener.tenant.clone(),
+    };
+    let own = source_key(&tenant, source);
+    if let Some(session) = &listener.session {
+        // Every connection of a dedicated listener is keyed: nothing needs to be kept together by its source.
+        return Ok(Identity { key: key(&tenant, "listener", session), source: None, tenant });
+    }
+    let header = match header {
+        Some(value) => Some(std::str::from_utf8(value).map_err(|_| bad("X-Dindpool-Session"))?),
+        None => None,
+    };
+    let explicit = match (header, prefix.session) {
+        (Some(name), _) => Some(checked("X-Dindpool-Session", name)?),
+        (None, Some(name)) => Some(checked("the session in the path", name)?),
+        (None, None) => None,
+    };
+    Ok(match explicit {
+        Some(name) => Identity { key: key(&tenant, "name", name), source: Some(own), tenant },
+        None => Identity { key: own, source: None, tenant },
+    })
+}
+
+/// The key of a client that says nothing.
+fn source_key(tenant: &Tenant, source: &Source) -> SessionKey {
+    match source {
+        Source::Ip(ip) => key(tenant, "ip", &ip.to_string()),
+        Source::Process(process) => match process.split_once(':') {
+            Some((kind, value)) => key(tenant, kind, value),
+            None => key(tenant, "posix", process),
+        },
+        Source::User(uid) => key(tenant, "uid", &uid.to_string()),
+    }
+}
+
+fn key(tenant: &Tenant, kind: &str, value: &str) -> SessionKey {
+    if tenant.as_str() == "default" {
+        SessionKey::from(format!("{kind}:{value}"))
+    } else {
+        SessionKey::from(format!("{tenant}/{kind}:{value}"))
+    }
+}
+
+fn checked<'a>(what: &str, name: &'a str) -> Result<&'a str, Error> {
+    let fine = |b: u8| b.is_ascii_alphanumeric() || b"._:@+-".contains(&b);
+    if name.is_empty() || name.len() > MAX_KEY || !name.bytes().all(fine) {
+        return Err(bad(what));
+    }
+    Ok(name)
+}
+
+fn bad(what: &str) -> Error {
+    Error::new(
+        Kind::BadRequest,
+        format!("{what} must be 1 to {MAX_KEY} of the characters A-Z a-z 0-9 . _ : @ + -"),
+    )
+}
+
+/// A value from a process's environment as part of a key: whatever a CI system puts there, in a form that can
+/// be listed and logged.
+pub fn sanitise(value: &str) -> String {
+    let clean: String = value
+        .chars()
+        .map(|c| if c.is_ascii_alphanumeric() || "._:@+-/=#".contains(c) { c } else { '_' })
+        .collect();
+    if clean.len() <= MAX_KEY && clean == value {
+        return clean;
+    }
+    // Two values that differ must not become one key.
+    let hash = value
+        .bytes()
+        .fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0000_0100_0000_01B3));
+    format!("{}~{hash:016x}", &clean[..clean.len().min(MAX_KEY - 17)])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn listener() -> ListenerIdentity {
+        ListenerIdentity { tenant: "default".into(), session: None }
+    }
+
+    fn ip() -> Source {
+        Source::Ip(IpAddr::from([10, 0, 0, 7]))
+    }
+
+    #[test]
+    fn a_silent_client_is_its_address() {
+        let identity = identify(&listener(), &ip(), &Prefix::default(), None).unwrap();
+        assert_eq!((identity.key.as_str(), identity.source), ("ip:10.0.0.7", None));
+    }
+
+    #[test]
+    fn the_precedence_is_listener_then_header_then_path_then_process() {
+        let prefix = Prefix { session: Some("path"), tenant: None, length: 7 };
+        let process = Source::Process("job:CI_JOB_ID=17".into());
+        let dedicated = ListenerIdentity { tenant: "default".into(), session: Some("own".into()) };
+        let key = |l: &ListenerIdentity, p: &Prefix<'_>, h: Option<&[u8]>| {
+            identify(l, &process, p, h).unwrap().key.to_string()
+        };
+        assert_eq!(key(&dedicated, &prefix, Some(b"header")), "listener:own");
+        assert_eq!(key(&listener(), &prefix, Some(b"header")), "name:header");
+        assert_eq!(key(&listener(), &prefix, None), "name:path");
+        assert_eq!(key(&listener(), &Prefix::default(), None), "job:CI_JOB_ID=17");
+    }
+
+    #[test]
+    fn an_explicit_session_remembers_its_source_and_a_dedicated_one_need_not() {
+        let identity = identify(&listener(), &ip(), &Prefix::default(), Some(b"job-1")).unwrap();
+        assert_eq!(identity.source.unwrap().as_str(), "ip:10.0.0.7");
+    }
+
+    #[test]
+    fn tenants_do_not_share_keys() {
+        let prefix = Prefix { session: Some("x"), tenant: Some("team-a"), length: 0 };
+        let identity = identify(&listener(), &ip(), &prefix, None).unwrap();
+        assert_eq!(identity.key.as_str(), "team-a/name:x");
+        assert_eq!(identity.tenant.as_str(), "team-a");
+    }
+
+    #[test]
+    fn bad_keys_are_refused_with_a_word() {
+        for bad in [&b""[..], b"a b", b"\xff", b"x\n", "a/b".as_bytes(), "y".repeat(129).as_bytes()] {
+            let error = identify(&listener(), &ip(), &Prefix::default(), Some(bad)).unwrap_err();
+            assert_eq!(error.kind, Kind::BadRequest);
+        }
+    }
+
+    #[test]
+    fn environment_values_become_keys_that_differ_when_they_do() {
+        assert_eq!(sanitise("jenkins-app-12"), "jenkins-app-12");
+        assert_ne!(sanitise("a b"), sanitise("a_b"));
+        assert!(sanitise(&"z".repeat(500)).len() <= MAX_KEY);
+        assert!(sanitise("x\ny").bytes().all(|b| b.is_ascii_graphic()));
+    }
+}

@@ -1,0 +1,89 @@
+//! Learns from responses while they pass: the id of a new container must be known to the pool before the client
+//! can use it on another connection, so the observer tells it before the bytes are forwarded.
+
+use std::io;
+
+use serde_json::Value;
+
+use super::classify::Learn;
+use super::relay::{Observer, ResponseHead};
+use crate::engine::model::{Fact, Kind, Written};
+use crate::error::{Error, Kind as ErrorKind};
+use crate::pool::Lease;
+
+/// Create responses are below 1 KiB; warnings may lengthen them.
+const MAX_BODY: usize = 64 << 10;
+
+/// Watches one exchange.
+pub struct Watcher<'a> {
+    lease: &'a Lease,
+    learn: Option<&'a Learn>,
+    name: Option<&'a str>,
+    json_stream: bool,
+    body: Vec<u8>,
+}
+
+impl<'a> Watcher<'a> {
+    /// `name` is what the request calls the new object; `json_stream` says that the CLI prints an error that is
+    /// put into the response.
+    pub fn new(lease: &'a Lease, learn: Option<&'a Learn>, name: Option<&'a str>, json_stream: bool) -> Self {
+        Watcher { lease, learn, name, json_stream, body: Vec::new() }
+    }
+
+    fn read(&mut self, learn: &Learn) -> Option<Fact> {
+        let answer: Value = serde_json::from_slice(&self.body).ok()?;
+        match learn {
+            Learn::Created(kind) => Some(Fact::Created {
+                kind: *kind,
+                id: answer["Id"].as_str()?.to_string(),
+                name: self.name.map(str::to_string),
+            }),
+            Learn::Volume => {
+                let name = answer["Name"].as_str()?.to_string();
+                Some(Fact::Created { kind: Kind::Volume, id: name.clone(), name: Some(name) })
+            }
+            Learn::Image(reference) => Some(image(reference, answer["Id"].as_str())),
+        }
+    }
+}
+
+fn image(reference: &str, id: Option<&str>) -> Fact {
+    Fact::ImageWritten {
+        reference: reference.to_string(),
+        id: id.map(str::to_string),
+        written: Written::Made,
+    }
+}
+
+impl Observer for Watcher<'_> {
+    fn response_head(&mut self, head: &ResponseHead<'_>) {
+        if head.is_interim() {
+            return;
+        }
+        match self.learn {
+            // A tag's answer has no body (201, length 0).
+            Some(Learn::Image(reference)) if head.status == 201 => self.lease.learn(image(reference, None)),
+            Some(_) if !(200..300).contains(&head.status) => self.learn = None,
+            _ => {}
+        }
+    }
+
+    fn response_body(&mut self, payload: &[u8]) {
+        let Some(learn) = self.learn else { return };
+        if self.body.len() + payload.len() > MAX_BODY {
+            self.learn = None;
+            return;
+        }
+        self.body.extend_from_slice(payload);
+        if let Some(fact) = self.read(learn) {
+            self.lease.learn(fact);
+            self.learn = None;
+            self.body = Vec::new();
+        }
+    }
+
+    fn broken_stream(&mut self, failure: &io::Error) -> Option<String> {
+        let message = format!("lost the connection to daemon {}: {failure}", self.lease.daemon().id);
+        self.json_stream.then(|| Error::new(ErrorKind::DaemonUnreachable, message).stream_line())
+    }
+}

@@ -1,0 +1,212 @@
+//! Listening sockets: bound early, served late, so that their real addresses are known before the first client.
+
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+use std::{fmt, fs, io};
+
+use tokio::net::{TcpListener, UnixListener};
+
+use super::identify::ListenerIdentity;
+use super::{Origin, Proxy, serve};
+use crate::provision::{Stream, keepalive};
+
+/// Where to listen.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Address {
+    /// `tcp://host:port`; port 0 takes a free one.
+    Tcp(String),
+    /// `unix:///path`
+    Unix(PathBuf),
+}
+
+impl std::str::FromStr for Address {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if let Some(path) = text.strip_prefix("unix://") {
+            return match path.starts_with('/') {
+                true => Ok(Address::Unix(path.into())),
+                false => {
+                    Err(format!("{text}: a Unix socket needs an absolute path, unix:///run/dindpool.sock"))
+                }
+            };
+        }
+        let Some(address) = text.strip_prefix("tcp://") else {
+            return Err(format!("{text}: expected tcp://host:port or unix:///path"));
+        };
+        let address = address.trim_end_matches('/');
+        let port = address.rsplit_once(':').filter(|(_, port)| !port.ends_with(']'));
+        match port {
+            None => Ok(Address::Tcp(format!("{address}:2375"))),
+            Some((_, port)) if port.parse::<u16>().is_ok() => Ok(Address::Tcp(address.to_string())),
+            Some((_, port)) => Err(format!("{text}: {port} is no port")),
+        }
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Address::Tcp(address) => write!(f, "tcp://{address}"),
+            Address::Unix(path) => write!(f, "unix://{}", path.display()),
+        }
+    }
+}
+
+/// A bound listener.
+#[derive(Debug)]
+pub enum Bound {
+    /// TCP.
+    Tcp(TcpListener),
+    /// A Unix socket, and its file, which is removed in the end.
+    Unix(UnixListener, PathBuf),
+}
+
+impl Bound {
+    /// Binds an address.
+    ///
+    /// # Errors
+    /// What bind(2) says, and when another process listens on the Unix socket.
+    pub async fn new(address: &Address) -> io::Result<Self> {
+        match address {
+            Address::Tcp(address) => Ok(Bound::Tcp(TcpListener::bind(address).await?)),
+            Address::Unix(path) => {
+                remove_stale(path)?;
+                let listener = UnixListener::bind(path)?;
+                // As docker.sock: reaching it is root in every daemon.
+                fs::set_permissions(path, fs::Permissions::from_mode(0o660))?;
+                Ok(Bound::Unix(listener, path.clone()))
+            }
+        }
+    }
+
+    /// The real address, with the port that port 0 became.
+    pub fn address(&self) -> String {
+        match self {
+            Bound::Tcp(listener) => {
+                listener.local_addr().map_or_else(|_| "tcp://?".into(), |a| format!("tcp://{a}"))
+            }
+            Bound::Unix(_, path) => format!("unix://{}", path.display()),
+        }
+    }
+
+    fn kind(&self) -> &'static str {
+        match self {
+            Bound::Tcp(_) => "tcp",
+            Bound::Unix(..) => "unix",
+        }
+    }
+
+    async fn accept(&self) -> io::Result<(Stream, Origin)> {
+        match self {
+            Bound::Tcp(listener) => {
+                let (stream, client) = listener.accept().await?;
+                stream.set_nodelay(true)?;
+                keepalive(&stream)?;
+                let server = stream.local_addr()?;
+                Ok((Stream::Tcp(stream), Origin::Tcp(client, server)))
+            }
+            Bound::Unix(listener, _) => {
+                let (stream, _) = listener.accept().await?;
+                let credentials = stream.peer_cred()?;
+                Ok((Stream::Unix(stream), Origin::Unix(credentials.pid(), credentials.uid())))
+            }
+        }
+    }
+}
+
+impl Drop for Bound {
+    fn drop(&mut self) {
+        if let Bound::Unix(_, path) = self {
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+/// Removes the socket file of a process that is gone; one that somebody listens on stays.
+fn remove_stale(path: &Path) -> io::Result<()> {
+    match fs::symlink_metadata(path) {
+        Ok(meta) if meta.file_type().is_socket() => match std::os::unix::net::UnixStream::connect(path) {
+            Ok(_) => Err(io::Error::new(
+                io::ErrorKind::AddrInUse,
+                format!("another process listens on {}", path.display()),
+            )),
+            Err(_) => fs::remove_file(path),
+        },
+        Ok(_) => Err(io::Error::new(
+            io::ErrorKind::AlreadyExists,
+            format!("{} exists and is no socket", path.display()),
+        )),
+        Err(_) => Ok(()),
+    }
+}
+
+/// Accepts clients until the drain begins.
+pub async fn run(proxy: Arc<Proxy>, identity: Arc<ListenerIdentity>, bound: Bound) {
+    let kind = bound.kind();
+    loop {
+        let accepted = tokio::select! {
+            accepted = bound.accept() => accepted,
+            () = proxy.drain.stopping() => return,
+        };
+        match accepted {
+            Ok((stream, origin)) => {
+                proxy.metrics.accepted.with_label_values(&[kind]).inc();
+                let open = proxy.metrics.connections.with_label_values(&[kind]);
+                let (connection, identity) = (proxy.clone(), identity.clone());
+                // A panic ends this task and its connection; the guards in it give everything back.
+                proxy.drain.spawn(async move {
+                    open.inc();
+                    let _open = Decrement(open);
+                    serve(connection, identity, stream, origin).await;
+                });
+            }
+            Err(error) => {
+                // Out of descriptors, or a client that left between SYN and accept: neither is a reason to
+                // stop. A short rest keeps the former from becoming a busy loop.
+                tracing::warn!("accept on {}: {error}", bound.address());
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        }
+    }
+}
+
+struct Decrement(prometheus::IntGauge);
+
+impl Drop for Decrement {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_read_and_faults_named() {
+        let parse = |t: &str| t.parse::<Address>().map(|a| a.to_string());
+        assert_eq!(parse("tcp://0.0.0.0:2375").unwrap(), "tcp://0.0.0.0:2375");
+        assert_eq!(parse("tcp://127.0.0.1").unwrap(), "tcp://127.0.0.1:2375");
+        assert_eq!(parse("tcp://[::1]").unwrap(), "tcp://[::1]:2375");
+        assert_eq!(parse("tcp://[::1]:80/").unwrap(), "tcp://[::1]:80");
+        assert_eq!(parse("unix:///run/x.sock").unwrap(), "unix:///run/x.sock");
+        for bad in ["0.0.0.0:2375", "tcp://a:x", "unix://x", "http://a:1", "tcp://a:99999"] {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let address = Address::Unix(path.clone());
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+        let bound = Bound::new(&address).await.unwrap();
+        assert_eq!(Bound::new(&address).await.unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        drop(bound);
+        assert!(!path.exists());
+    }
+}

@@ -1,0 +1,269 @@
+//! The client process behind a connection on this machine: `SO_PEERCRED` for Unix sockets, the owner of the
+//! other end for loopback TCP. On one machine all clients share 127.0.0.1, and the process is what tells the
+//! terminals and CI jobs apart.
+//!
+//! `docker` and the plugins that it starts (buildx, compose) are in one POSIX session and inherit one
+//! environment (measured with setsid and without).
+
+use std::collections::{HashMap, VecDeque};
+use std::net::SocketAddr;
+use std::os::fd::AsRawFd;
+use std::sync::{Mutex, PoisonError};
+use std::{fs, io};
+
+use netlink_packet_core::{NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
+use netlink_packet_sock_diag::SockDiagMessage;
+use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, IPPROTO_TCP};
+use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, SocketId, StateFlags};
+use netlink_sys::{Socket, SocketAddr as NetlinkAddr, protocols::NETLINK_SOCK_DIAG};
+
+use super::identify::{Source, sanitise};
+
+/// How many processes are tried before all of /proc is searched: a buildx build opens eleven connections.
+const RECENT: usize = 32;
+/// How many session leaders' start times are remembered after they may have exited.
+const LEADERS: usize = 4096;
+
+/// Recognises client processes.
+#[derive(Debug)]
+pub struct Peers {
+    /// Variables that name a session, each a list of names that must all be set (`GITHUB_RUN_ID` and its
+    /// attempt), in order of precedence.
+    variables: Vec<Vec<String>>,
+    recent: Mutex<VecDeque<u32>>,
+    /// Start times of session leaders: a leader may exit before its session does, and the key must not
+    /// change then.
+    leaders: Mutex<HashMap<u32, u64>>,
+}
+
+/// The variable that names a session whatever the CI system.
+pub const VARIABLE: &str = "DINDPOOL_SESSION";
+
+/// GitLab, Jenkins, GitHub Actions: what identifies a job in its environment.
+pub fn default_variables() -> Vec<String> {
+    ["CI_JOB_ID", "BUILD_TAG", "GITHUB_RUN_ID+GITHUB_RUN_ATTEMPT"].map(String::from).to_vec()
+}
+
+impl Peers {
+    /// `variables` as in the configuration: names, joined by `+` where several belong together.
+    /// [`VARIABLE`] comes before all of them.
+    pub fn new(variables: &[String]) -> Self {
+        let split = |v: &String| v.split('+').map(str::to_string).collect();
+        Peers {
+            variables: variables.iter().map(split).collect(),
+            recent: Mutex::default(),
+            leaders: Mutex::default(),
+        }
+    }
+
+    /// The source of a connection over a Unix socket.
+    pub fn unix(&self, pid: Option<i32>, uid: u32) -> Source {
+        pid.and_then(|pid| u32::try_from(pid).ok())
+            .and_then(|pid| self.process(pid))
+            .map_or(Source::User(uid), Source::Process)
+    }
+
+    /// The source of a loopback TCP connection from `client` to `server`. Blocks for some milliseconds on a
+    /// machine with many processes: call it off the runtime's threads.
+    pub fn loopback(&self, client: SocketAddr, server: SocketAddr) -> Source {
+        let unknown = Source::Ip(client.ip());
+        let Ok(Some((inode, uid))) = owner(client, server) else { return unknown };
+        match self.holder(inode).and_then(|pid| self.process(pid)) {
+            Some(process) => Source::Process(process),
+            // Another user's process, and not enough rights to look: at least users are told apart.
+            None => Source::User(uid),
+        }
+    }
+
+    /// The process that has a socket open.
+    fn holder(&self, inode: u32) -> Option<u32> {
+        let link = format!("socket:[{inode}]");
+        let recent: Vec<u32> =
+            self.recent.lock().unwrap_or_else(PoisonError::into_inner).iter().copied().collect();
+        let found = recent.into_iter().find(|pid| holds(*pid, &link)).or_else(|| {
+            let mut pids: Vec<u32> = fs::read_dir("/proc")
+                .ok()?
+                .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+                .collect();
+            // A client has most likely started a moment ago.
+            pids.sort_unstable_by(|a, b| b.cmp(a));
+            pids.into_iter().find(|pid| holds(*pid, &link))
+        })?;
+        let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+        recent.retain(|pid| *pid != found);
+        recent.push_front(found);
+        recent.truncate(RECENT);
+        Some(found)
+    }
+
+    /// How a process is recognised: by its environment, else by its POSIX session.
+    fn process(&self, pid: u32) -> Option<String> {
+        let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        if let Some(name) = variable(&environment, VARIABLE) {
+            return Some(format!("name:{}", sanitise(&name)));
+        }
+        for names in &self.variables {
+            let values: Option<Vec<String>> = names
+                .iter()
+                .map(|name| variable(&environment, name).map(|value| format!("{name}={value}")))
+                .collect();
+            if let Some(values) = values {
+                return Some(format!("job:{}", sanitise(&values.join("+"))));
+            }
+        }
+        let (session, _) = stat(pid)?;
+        let mut leaders = self.leaders.lock().unwrap_or_else(PoisonError::into_inner);
+        let started = match stat(session) {
+            Some((_, started)) => {
+                if leaders.len() >= LEADERS {
+                    leaders.clear();
+                }
+                leaders.insert(session, started);
+                started
+            }
+            None => leaders.get(&session).copied().unwrap_or_default(),
+        };
+        Some(format!("posix:{session}@{started}"))
+    }
+}
+
+fn holds(pid: u32, link: &str) -> bool {
+    let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
+    entries.filter_map(Result::ok).any(|e| fs::read_link(e.path()).is_ok_and(|l| l.as_os_str() == link))
+}
+
+/// A non-empty variable of an environment block.
+fn variable(environment: &[u8], name: &str) -> Option<String> {
+    environment.split(|b| *b == 0).find_map(|entry| {
+        let value = entry.strip_prefix(name.as_bytes())?.strip_prefix(b"=")?;
+        (!value.is_empty()).then(|| String::from_utf8_lossy(value).into_owned())
+    })
+}
+
+/// POSIX session id and start time (clock ticks since boot) of a process, from `/proc/PID/stat`.
+fn stat(pid: u32) -> Option<(u32, u64)> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The command's name may hold anything, also blanks and parentheses.
+    let fields: Vec<&str> = stat[stat.rfind(')')? + 1..].split_whitespace().collect();
+    Some((fields.get(3)?.parse().ok()?, fields.get(19)?.parse().ok()?))
+}
+
+/// Inode and user of the client's socket, asked of the kernel by the connection's addresses (sock_diag(7)).
+/// Reading /proc/net/tcp instead would cost milliseconds with thousands of connections.
+fn owner(client: SocketAddr, server: SocketAddr) -> io::Result<Option<(u32, u32)>> {
+    let request = InetRequest {
+        family: if client.is_ipv4() { AF_INET } else { AF_INET6 },
+        protocol: IPPROTO_TCP,
+        extensions: ExtensionFlags::empty(),
+        states: StateFlags::all(),
+        socket_id: SocketId {
+            source_port: client.port(),
+            destination_port: server.port(),
+            source_address: client.ip(),
+            destination_address: server.ip(),
+            interface_id: 0,
+            // No cookie: INET_DIAG_NOCOOKIE.
+            cookie: [0xff; 8],
+        },
+    };
+    let mut header = NetlinkHeader::default();
+    header.flags = NLM_F_REQUEST;
+    let mut message = NetlinkMessage::new(header, SockDiagMessage::InetRequest(request).into());
+    message.finalize();
+    let mut bytes = vec![0; message.header.length as usize];
+    message.serialize(&mut bytes);
+    let socket = Socket::new(NETLINK_SOCK_DIAG)?;
+    socket.connect(&NetlinkAddr::new(0, 0))?;
+    // The kernel answers at once or not at all; a lost answer must not hold a client.
+    timeout(&socket)?;
+    socket.send(&bytes, 0)?;
+    let (answer, _) = socket.recv_from_full()?;
+    let answer = NetlinkMessage::<SockDiagMessage>::deserialize(&answer).map_err(io::Error::other)?;
+    Ok(match answer.payload {
+        NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(response)) => {
+            Some((response.header.inode, response.header.uid)).filter(|(inode, _)| *inode != 0)
+        }
+        _ => None,
+    })
+}
+
+fn timeout(socket: &Socket) -> io::Result<()> {
+    use nix::sys::socket::{setsockopt, sockopt::ReceiveTimeout};
+    use nix::sys::time::{TimeVal, TimeValLike};
+    use std::os::fd::BorrowedFd;
+    // SAFETY: the descriptor is the socket's own, which outlives this borrow.
+    let fd = unsafe { BorrowedFd::borrow_raw(socket.as_raw_fd()) };
+    setsockopt(&fd, ReceiveTimeout, &TimeVal::milliseconds(200)).map_err(io::Error::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+    use std::net::{TcpListener, TcpStream};
+    use std::os::unix::process::CommandExt;
+    use std::process::{Command, Stdio};
+
+    #[test]
+    fn a_variable_is_found_in_an_environment_block() {
+        let block = b"PATH=/bin\0CI_JOB_ID=17\0EMPTY=\0XCI_JOB_ID=18\0";
+        assert_eq!(variable(block, "CI_JOB_ID").as_deref(), Some("17"));
+        assert_eq!(variable(block, "EMPTY"), None);
+        assert_eq!(variable(block, "JOB_ID"), None);
+    }
+
+    #[test]
+    fn this_process_is_found_behind_its_own_loopback_connection() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (server, _) = listener.accept().unwrap();
+        let (inode, _) = owner(client.local_addr().unwrap(), server.local_addr().unwrap()).unwrap().unwrap();
+        let peers = Peers::new(&[]);
+        assert_eq!(peers.holder(inode), Some(std::process::id()));
+        let source = peers.loopback(server.peer_addr().unwrap(), server.local_addr().unwrap());
+        let (session, started) =
+            stat(std::process::id()).map(|(s, _)| (s, stat(s).map_or(0, |x| x.1))).unwrap();
+        assert_eq!(source, Source::Process(format!("posix:{session}@{started}")));
+    }
+
+    #[test]
+    fn processes_of_different_sessions_and_jobs_differ_and_plugins_do_not() {
+        let peers = Peers::new(&default_variables());
+        let spawn = |command: &mut Command| {
+            let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+            // `cat` echoes one byte once it runs, so its environment is the new one.
+            use std::io::Write;
+            child.stdin.as_mut().unwrap().write_all(b"x").unwrap();
+            child.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
+            child
+        };
+        let cat = || {
+            let mut command = Command::new("cat");
+            command.env_clear();
+            command
+        };
+        let detached = |mut command: Command| {
+            // SAFETY: setsid(2) is async-signal-safe.
+            unsafe { command.pre_exec(|| nix::unistd::setsid().map(drop).map_err(io::Error::from)) };
+            command
+        };
+        let mut plain = spawn(&mut cat());
+        let mut sibling = spawn(&mut cat());
+        let mut other = spawn(&mut detached(cat()));
+        let mut job = spawn(cat().env("CI_JOB_ID", "17"));
+        let mut same_job = spawn(detached(cat()).env("CI_JOB_ID", "17"));
+        let mut run = spawn(cat().env("GITHUB_RUN_ID", "5").env("GITHUB_RUN_ATTEMPT", "2"));
+        let mut named = spawn(cat().env("CI_JOB_ID", "17").env(VARIABLE, "mine"));
+        let key = |child: &std::process::Child| peers.process(child.id()).unwrap();
+        assert_eq!(key(&plain), key(&sibling));
+        assert_ne!(key(&plain), key(&other));
+        assert_eq!(key(&job), "job:CI_JOB_ID=17");
+        assert_eq!(key(&job), key(&same_job));
+        assert_eq!(key(&run), "job:GITHUB_RUN_ID=5+GITHUB_RUN_ATTEMPT=2");
+        assert_eq!(key(&named), "name:mine");
+        for child in [&mut plain, &mut sibling, &mut other, &mut job, &mut same_job, &mut run, &mut named] {
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
+    }
+}

@@ -1,0 +1,123 @@
+//! Tells a BuildKit connection that builds from one that only asks.
+//!
+//! A buildx build opens four `/grpc` connections: two never send a preface, one lists workers, one calls
+//! `Control/Solve` (0.29 and 0.38, measured). Only the last is a build. What tells it is the request's `:path`,
+//! which every HTTP/2 client sends as an HPACK literal the first time, Huffman-coded because that is shorter
+//! (grpc-go and hyper's h2 do so). So the coded bytes of that path are looked for; the tunnel itself stays
+//! opaque.
+
+use super::relay::{Tap, Verdict};
+use crate::pool::Lease;
+
+/// `/moby.buildkit.v1.Control/Solve` in HPACK's Huffman code (RFC 7541 B; checked in the tests against the
+/// code's table for these letters).
+const SOLVE: [u8; 23] = [
+    0x62, 0x93, 0xc7, 0xe9, 0x78, 0xed, 0x35, 0x12, 0x75, 0x32, 0x57, 0xee, 0x15, 0xef, 0x1e, 0xa4, 0xd8,
+    0x7a, 0x18, 0xdc, 0x7a, 0x3b, 0x97,
+];
+/// Solve comes within the first few kilobytes; a connection that has sent this much is watched no longer.
+const ENOUGH: usize = 1 << 20;
+
+/// Looks for the call of Solve.
+pub struct SolveTap<'a> {
+    lease: &'a Lease,
+    seen: usize,
+    /// The end of what was seen, one byte shorter than what is looked for.
+    tail: Vec<u8>,
+}
+
+impl<'a> SolveTap<'a> {
+    /// Watches the connection of `lease`.
+    pub fn new(lease: &'a Lease) -> Self {
+        SolveTap { lease, seen: 0, tail: Vec::new() }
+    }
+}
+
+impl Tap for SolveTap<'_> {
+    fn client_bytes(&mut self, bytes: &[u8]) -> Verdict {
+        self.seen += bytes.len();
+        if contains(&mut self.tail, bytes, &SOLVE) {
+            self.lease.build_seen();
+            return Verdict::done();
+        }
+        if self.seen > ENOUGH { Verdict::done() } else { Verdict::go_on() }
+    }
+}
+
+/// Whether `needle` ends within `bytes`; `tail` carries over what a split left.
+fn contains(tail: &mut Vec<u8>, bytes: &[u8], needle: &[u8]) -> bool {
+    let found = |hay: &[u8]| hay.windows(needle.len()).any(|w| w == needle);
+    let across = bytes.len().min(needle.len() - 1);
+    tail.extend_from_slice(&bytes[..across]);
+    if found(tail) || found(bytes) {
+        return true;
+    }
+    if bytes.len() >= needle.len() - 1 {
+        tail.clear();
+        tail.extend_from_slice(&bytes[bytes.len() - (needle.len() - 1)..]);
+    } else if tail.len() > needle.len() - 1 {
+        tail.drain(..tail.len() - (needle.len() - 1));
+    }
+    false
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_path_is_found_across_any_split() {
+        let mut stream = b"PRI * HTTP/2.0".to_vec();
+        stream.extend_from_slice(&SOLVE);
+        stream.extend_from_slice(b"rest");
+        for a in 0..stream.len() {
+            for b in a..stream.len() {
+                let mut tail = Vec::new();
+                let parts = [&stream[..a], &stream[a..b], &stream[b..]];
+                assert!(parts.into_iter().any(|p| contains(&mut tail, p, &SOLVE)), "{a} {b}");
+            }
+        }
+        let mut tail = Vec::new();
+        assert!(!stream[..30].chunks(1).any(|p| contains(&mut tail, p, &SOLVE)));
+    }
+
+    #[test]
+    fn the_bytes_are_the_huffman_code_of_the_path() {
+        // RFC 7541 B, the symbols of this path.
+        let table: &[(char, u32, u32)] = &[
+            ('/', 0x18, 6),
+            ('.', 0x17, 6),
+            ('1', 0x1, 5),
+            ('C', 0x5e, 7),
+            ('S', 0x6e, 7),
+            ('b', 0x23, 6),
+            ('d', 0x24, 6),
+            ('e', 0x5, 5),
+            ('i', 0x6, 5),
+            ('k', 0x75, 7),
+            ('l', 0x28, 6),
+            ('m', 0x29, 6),
+            ('n', 0x2a, 6),
+            ('o', 0x7, 5),
+            ('r', 0x2c, 6),
+            ('t', 0x9, 5),
+            ('u', 0x2d, 6),
+            ('v', 0x77, 7),
+            ('y', 0x7a, 7),
+        ];
+        let mut bits = String::new();
+        for c in "/moby.buildkit.v1.Control/Solve".chars() {
+            let (_, code, length) = table.iter().find(|(s, _, _)| *s == c).unwrap();
+            bits.push_str(&format!("{code:0width$b}", width = *length as usize));
+        }
+        while !bits.len().is_multiple_of(8) {
+            bits.push('1');
+        }
+        let bytes: Vec<u8> = bits
+            .as_bytes()
+            .chunks(8)
+            .map(|c| u8::from_str_radix(std::str::from_utf8(c).unwrap(), 2).unwrap())
+            .collect();
+        assert_eq!(bytes, SOLVE);
+    }
+}
