@@ -6,6 +6,7 @@
 //! that it becomes ready; a script takes over the requests that a test is about. It keeps every head and every
 //! byte that arrives, and when each connection ended: a test can assert that nothing arrived at all.
 
+use std::collections::HashMap;
 use std::io::{self, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -116,6 +117,15 @@ impl Exchange {
         self.closed = true;
     }
 
+    /// Sends `total` bytes, as fast as they are taken.
+    pub fn pour(&mut self, total: usize) {
+        let block = vec![b'x'; 64 * 1024];
+        let mut left = total;
+        while left > 0 && self.conn.try_send(&block[..left.min(block.len())]).is_ok() {
+            left -= left.min(block.len());
+        }
+    }
+
     /// Reads until the proxy ends the connection, and ends it then.
     pub fn until_closed(&mut self) -> Vec<u8> {
         self.conn.patience(Duration::from_secs(600));
@@ -145,7 +155,8 @@ struct Shared {
     conns: AtomicUsize,
     open: AtomicUsize,
     gone: AtomicBool,
-    sockets: Mutex<Vec<TcpStream>>,
+    /// A second handle to each open connection, so that all of them can die at once.
+    sockets: Mutex<HashMap<usize, TcpStream>>,
 }
 
 /// A running fake daemon.
@@ -232,8 +243,8 @@ impl FakeDaemon {
         self.shared.gone.store(true, Ordering::SeqCst);
         let Addr::Tcp(host) = &self.addr else { return };
         let _ = TcpStream::connect(host); // wakes the accepting thread, which drops the listener
-        for socket in self.shared.sockets.lock().unwrap().drain(..) {
-            let _ = socket2::SockRef::from(&socket).set_linger(Some(Duration::ZERO));
+        for socket in self.shared.sockets.lock().unwrap().values() {
+            let _ = socket2::SockRef::from(socket).set_linger(Some(Duration::ZERO));
             let _ = socket.shutdown(std::net::Shutdown::Both);
         }
     }
@@ -249,12 +260,13 @@ impl Shared {
     fn serve(&self, number: usize, stream: TcpStream) {
         let _ = stream.set_nodelay(true);
         if let Ok(copy) = stream.try_clone() {
-            self.sockets.lock().unwrap().push(copy);
+            self.sockets.lock().unwrap().insert(number, copy);
         }
         self.open.fetch_add(1, Ordering::SeqCst);
         let conn = Conn::over(Stream::Tcp(stream));
         conn.patience(Duration::from_secs(600));
         self.requests(number, conn);
+        self.sockets.lock().unwrap().remove(&number); // the last handle: now the peer hears of the end
         self.open.fetch_sub(1, Ordering::SeqCst);
         self.record.lock().unwrap().ended.push((number, Instant::now()));
     }

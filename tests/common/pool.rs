@@ -122,6 +122,13 @@ impl Pool {
         line.split_whitespace().nth(1).and_then(|n| n.parse().ok()).expect("a number")
     }
 
+    /// How many sockets the proxy has open.
+    pub fn sockets(&self) -> usize {
+        let fds = fs::read_dir(format!("/proc/{}/fd", self.process.id())).expect("the pool lives").flatten();
+        fds.filter(|fd| fs::read_link(fd.path()).is_ok_and(|to| to.to_string_lossy().starts_with("socket:")))
+            .count()
+    }
+
     /// Its log so far.
     pub fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
@@ -202,6 +209,7 @@ impl PoolBuilder {
         }
         let mut process = command
             .args(&self.args)
+            .env("DINDPOOL_SHUTDOWN_GRACE", "2s") // streams that a test leaves open are not waited for
             .envs(self.env)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())

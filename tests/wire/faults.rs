@@ -95,6 +95,9 @@ fn a_half_closed_client_of_a_hijack_keeps_its_stream() {
 /// What the daemon does after a good beginning, and how many bytes of it are good.
 type Fault = (&'static str, fn(&mut Exchange));
 
+/// Only a RST tells this from a good end, and a Unix socket has none: dockerd cannot tell it there either.
+const ENDED_BY_CLOSE: &str = "a reset of a body that the end of the connection ends";
+
 const FAULTS: &[Fault] = &[
     ("a reset in a chunked body", |e| {
         e.begin_chunked();
@@ -131,7 +134,7 @@ const FAULTS: &[Fault] = &[
         e.send("5\r\nhello too long\r\n0\r\n\r\n");
         e.until_closed();
     }),
-    ("a reset of a body that the end of the connection ends", |e| {
+    (ENDED_BY_CLOSE, |e| {
         e.send("HTTP/1.0 200 OK\r\n\r\nhello");
         std::thread::park_timeout(millis(50));
         e.reset();
@@ -142,12 +145,15 @@ const FAULTS: &[Fault] = &[
 #[test]
 fn a_body_that_the_daemon_breaks_never_ends_cleanly() {
     for (name, fault) in FAULTS {
-        let fake = FakeDaemon::start("/containers/json", fault);
+        let fake = FakeDaemon::start("json?fault", fault);
         let pool = front(&fake);
         for addr in [&pool.tcp, &pool.unix] {
+            if *name == ENDED_BY_CLOSE && *addr == pool.unix {
+                continue;
+            }
             let mut conn = Conn::connect(addr);
             conn.patience(secs(5));
-            ask(&mut conn, "GET", "/v1.44/containers/json");
+            ask(&mut conn, "GET", "/v1.44/containers/json?fault");
             match conn.try_head() {
                 Ok(head) if head.status() == 200 => {
                     let body = conn.try_body("GET", &head);
@@ -180,11 +186,11 @@ fn an_answer_that_is_none_becomes_a_502_that_names_the_daemon() {
         }),
     ];
     for (name, fault) in faults {
-        let fake = FakeDaemon::start("/containers/json", fault);
+        let fake = FakeDaemon::start("json?fault", fault);
         let pool = front(&fake);
         let mut conn = Conn::connect(&pool.tcp);
         conn.patience(secs(10));
-        ask(&mut conn, "GET", "/v1.44/containers/json");
+        ask(&mut conn, "GET", "/v1.44/containers/json?fault");
         let head = conn.try_head().unwrap_or_else(|e| panic!("{name}: no answer: {e}"));
         let body = conn.body("GET", &head);
         assert_eq!(head.status(), 502, "{name}");
@@ -242,8 +248,7 @@ fn a_reset_of_a_raw_stream_stays_a_reset() {
 fn a_client_that_never_reads_costs_no_memory() {
     let fake = FakeDaemon::start("/export", |exchange| {
         exchange.send("HTTP/1.1 200 OK\r\nContent-Length: 1000000000\r\n\r\n");
-        flood(&mut exchange.conn, 1_000_000_000);
-        exchange.until_closed();
+        exchange.pour(1_000_000_000);
     });
     let pool = front(&fake);
     let before = pool.rss();
@@ -279,13 +284,13 @@ fn an_upload_to_a_daemon_that_does_not_read_costs_no_memory() {
 #[test]
 fn a_refused_connection_is_tried_elsewhere() {
     let act = |exchange: &mut Exchange| exchange.json("200 OK", &serde_json::json!([{ "Id": "here" }]));
-    let fakes = [FakeDaemon::start("/images/json", act), FakeDaemon::start("/images/json", act)];
+    let fakes = [FakeDaemon::start("json?marked", act), FakeDaemon::start("json?marked", act)];
     let pool = Pool::serve(fakes.iter().map(|f| &f.addr)).start();
     pool.wait_healthy(2, secs(20));
     fakes[0].die();
     // At once, before any probe can have noticed.
     for _ in 0..20 {
-        let answer = super::common::http::get(&pool.tcp, "/v1.44/images/json");
+        let answer = super::common::http::get(&pool.tcp, "/v1.44/images/json?marked");
         assert_eq!(answer.head.status(), 200, "{}", answer.text());
     }
 }

@@ -10,6 +10,7 @@ use super::common::{holds_for, millis, secs, unique, wait_until};
 /// What is compared with a real daemon.
 pub fn add_real<'a>(all: &mut Scenarios<'a>, lab: &'a Lab) {
     all.add("a ping has every header of the daemon's own ping", || same_ping(lab));
+    all.add("a version out of the range is refused as a daemon refuses it", || out_of_range(lab));
     all.add("/version is the daemon's own when there is only one", || same_version(lab));
 }
 
@@ -40,6 +41,18 @@ fn same_version(lab: &Lab) {
     let [direct, via] = lab.ways().map(|addr| http::get(addr, "/version"));
     assert_eq!(via.json(), direct.json());
     assert_eq!(via.head.get("content-type"), Some("application/json"));
+}
+
+/// The range is the pool's, so the words are its own; every client shows them.
+fn out_of_range(lab: &Lab) {
+    for (path, words) in [
+        ("/v1.99/containers/json", "client version 1.99 is too new. Maximum supported API version"),
+        ("/v1.10/containers/json", "client version 1.10 is too old. Minimum supported API version"),
+    ] {
+        let [direct, via] = lab.ways().map(|addr| http::get(addr, path));
+        assert_eq!(via.head.status(), direct.head.status());
+        assert!(direct.text().contains(words) && via.text().contains(words), "{}", via.text());
+    }
 }
 
 fn front(fakes: &[&FakeDaemon]) -> Pool {
