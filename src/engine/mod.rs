@@ -9,6 +9,8 @@ pub mod images;
 pub mod model;
 mod objects;
 mod placement;
+#[cfg(test)]
+mod rules;
 mod session;
 #[cfg(test)]
 mod simulation;
@@ -278,7 +280,8 @@ impl Engine {
         let (daemon, since) = (home.daemon.clone(), home.since);
         let slots = std::mem::take(&mut session.slots);
         session.linger = None;
-        session.idle = now;
+        // What is remembered, is remembered from the end of the lease on.
+        session.idle = session.idle.map(|_| now);
         if let Some(d) = self.daemons.get_mut(&daemon) {
             d.used -= slots;
             d.sessions.remove(key);
@@ -349,9 +352,7 @@ impl Engine {
     /// Brings a session's slots, linger and timer in line with its work. Called after every change to it.
     fn settle(&mut self, key: &SessionKey, now: Time) {
         let Some(session) = self.sessions.get_mut(key) else { return };
-        if session.busy() {
-            session.idle = now;
-        }
+        session.idle = if session.busy() { None } else { session.idle.or(Some(now)) };
         if let Some(home) = session.home.clone().filter(|h| h.lease.is_some()) {
             let mut slots = session.wants();
             if slots > 0 {
@@ -382,7 +383,7 @@ impl Engine {
 
     /// When the next thing of a session's runs out.
     fn due(session: &Session, config: &Config) -> Option<Time> {
-        let lease_end = (!session.busy()).then(|| session.idle + config.grace);
+        let lease_end = session.idle.map(|idle| idle + config.grace);
         if session.lease().is_some() {
             let linger = session.linger.filter(|_| session.slots > 0);
             return match (linger, lease_end) {
@@ -390,16 +391,14 @@ impl Engine {
                 (a, b) => a.or(b),
             };
         }
-        if session.busy() || !session.foreign.is_empty() {
-            return None;
-        }
+        let idle = session.idle.filter(|_| session.foreign.is_empty())?;
         let only_images = session.owned.iter().all(|o| matches!(o, Owned::Image(_)));
         let keep = match (session.owned.is_empty(), only_images) {
             (true, _) => config.memory,
             (false, true) => config.image_hold,
             (false, false) => return None,
         };
-        Some(session.idle + keep)
+        Some(idle + keep)
     }
 
     fn tick(&mut self, now: Time) {
@@ -424,7 +423,7 @@ impl Engine {
             return;
         }
         if session.lease().is_some() {
-            if session.idle + self.config.grace <= now && !session.busy() {
+            if session.idle.is_some_and(|idle| idle + self.config.grace <= now) {
                 self.end_lease(key, now, false);
             }
             self.settle(key, now);
@@ -841,6 +840,7 @@ impl Engine {
             counts.2 += u32::from(o.unit == Unit::Other);
         }
         for (key, session) in &self.sessions {
+            assert_eq!(session.idle.is_none(), session.busy(), "{key} is idle or busy");
             let counts = open.get(key).copied().unwrap_or_default();
             assert_eq!((session.builds, session.others), (counts.1, counts.2), "units of {key}");
             assert_eq!(session.open, counts.0, "open requests of {key}");

@@ -49,8 +49,8 @@ pub struct Session {
     pub slots: u32,
     /// Until when it keeps its last slot without work.
     pub(super) linger: Option<Time>,
-    /// Since when nothing of it is open.
-    pub(super) idle: Time,
+    /// Since when nothing of it is open and nothing runs; `None` while something does.
+    pub(super) idle: Option<Time>,
     /// When the engine looks at it again.
     pub(super) timer: Option<Time>,
 }
@@ -70,7 +70,7 @@ impl Session {
             owned: BTreeSet::new(),
             slots: 0,
             linger: None,
-            idle: now,
+            idle: Some(now),
             timer: None,
         }
     }
