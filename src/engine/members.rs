@@ -2,49 +2,44 @@
 
 use std::collections::BTreeSet;
 
+use super::daemon::Builders;
 use super::model::*;
 use super::{Daemon, Engine, Unit, versions};
 
 impl Engine {
     pub(super) fn probed(&mut self, daemon: &DaemonId, probe: Probe) {
         let Some(d) = self.daemons.get_mut(daemon) else { return };
-        let before = d.standing();
+        let (before, range) = (d.standing(), d.api_range());
         d.probed(probe, &self.config);
         if d.standing() != before {
             self.effects.push(changed(d));
         }
-        self.agree_on_versions();
+        if d.api_range() != range {
+            self.agree_on_versions();
+        }
     }
 
     /// Recomputes the API range after a probe or a change of the pool, and refuses the daemons outside it.
     fn agree_on_versions(&mut self) {
-        let ranges = self
-            .daemons
-            .values()
-            .filter(|d| d.state != State::Starting)
-            .filter_map(|d| d.facts.as_ref().map(|f| (d.id.clone(), (f.api_min, f.api_max))))
-            .collect();
+        let ranges =
+            self.daemons.values().filter_map(|d| d.api_range().map(|range| (d.id.clone(), range))).collect();
         // Without daemons the last known range stays: clients negotiate before the first one is there.
         let Some(range) = versions::common(&ranges) else { return };
         self.range = Some((range.min, range.max));
         for d in self.daemons.values_mut() {
             let misfit = range.misfits.contains(&d.id);
-            if misfit != d.misfit {
-                d.misfit = misfit;
-                d.reason = match (&d.facts, misfit) {
-                    (Some(facts), true) => format!(
-                        "its API versions {}.{} to {}.{} do not meet the pool's {}.{} to {}.{}",
-                        facts.api_min.0,
-                        facts.api_min.1,
-                        facts.api_max.0,
-                        facts.api_max.1,
-                        range.min.0,
-                        range.min.1,
-                        range.max.0,
-                        range.max.1
-                    ),
-                    _ => String::new(),
-                };
+            if misfit != d.misfit.is_some() {
+                d.misfit = misfit.then(|| {
+                    let text = |(major, minor): ApiVersion| format!("{major}.{minor}");
+                    let (own_min, own_max) = d.api_range().unwrap_or_default();
+                    format!(
+                        "its API versions {} to {} do not meet the pool's {} to {}",
+                        text(own_min),
+                        text(own_max),
+                        text(range.min),
+                        text(range.max)
+                    )
+                });
                 self.effects.push(changed(d));
             }
         }
@@ -66,11 +61,8 @@ impl Engine {
         for o in observed {
             let d = self.daemons.entry(o.id.clone()).or_insert_with(|| Daemon::new(o.id.clone(), o.slots));
             let before = d.standing();
-            d.state = match (d.state, o.draining) {
-                (State::Ready, true) => State::Draining,
-                (State::Draining, false) => State::Ready,
-                (state, _) => state,
-            };
+            d.drain(o.draining);
+            d.fix_slots(o.slots);
             if let Some(pending) = o.pending
                 && d.state == State::Starting
             {
@@ -85,9 +77,6 @@ impl Engine {
 
     pub(super) fn replaced(&mut self, daemon: &DaemonId, now: Time) {
         self.lose(daemon, now);
-        if let Some(d) = self.daemons.get_mut(daemon) {
-            d.builders.clear();
-        }
     }
 
     /// Everything on a daemon is lost: its sessions, their containers and images.
@@ -95,7 +84,11 @@ impl Engine {
         self.objects.lose(daemon);
         self.images.forget(daemon);
         // Streams to it break by themselves and are released; they are no longer anybody's work.
+        if let Some(d) = self.daemons.get_mut(daemon) {
+            d.builders = Builders::default();
+        }
         for open in self.opens.values_mut().filter(|o| o.daemon == *daemon) {
+            open.builds = false;
             let unit = std::mem::replace(&mut open.unit, Unit::None);
             if let Some(session) = self.sessions.get_mut(&open.key) {
                 session.builds -= u32::from(unit == Unit::Build);
@@ -137,7 +130,7 @@ fn changed(daemon: &Daemon) -> Effect {
     Effect::DaemonChanged {
         daemon: daemon.id.clone(),
         state: daemon.state,
-        health: if daemon.misfit { Health::Ejected } else { daemon.health },
-        reason: daemon.reason.clone(),
+        health: if daemon.misfit.is_some() { Health::Ejected } else { daemon.health },
+        reason: daemon.why().to_string(),
     }
 }

@@ -87,8 +87,11 @@ struct Open {
     counted: bool,
     /// Whether images may come of it that only `/events` or a list will tell.
     builds: bool,
-    /// The lease that this very request made.
-    fresh: Option<LeaseId>,
+    /// The lease that it was granted under.
+    lease: Option<LeaseId>,
+    /// Whose objects come of it.
+    tenant: Tenant,
+    since: Time,
     /// A BuildKit session's uuid, known as long as this is open.
     uuid: Option<String>,
 }
@@ -187,7 +190,7 @@ impl Engine {
     /// event for an image that BuildKit made, and newer ones' events may still be on their way: a request that
     /// goes by an image's name lists these first.
     pub fn stale_images(&self) -> Vec<DaemonId> {
-        self.daemons.values().filter(|d| !d.builders.is_empty()).map(|d| d.id.clone()).collect()
+        self.daemons.values().filter(|d| d.builders.stale()).map(|d| d.id.clone()).collect()
     }
 
     /// How many image references the index knows.
@@ -197,91 +200,111 @@ impl Engine {
 
     fn acquire(&mut self, acquire: Acquire, now: Time) {
         let request = acquire.request;
-        let (daemon, bind) = match self.place(&acquire) {
-            Placement::Bind(daemon) => (daemon, true),
-            Placement::Route(daemon) => (daemon, false),
+        let (daemon, bind, free) = match self.place(&acquire) {
+            Placement::Bind(daemon) => (daemon, true, false),
+            Placement::Route(daemon) => (daemon, false, false),
+            Placement::Any(daemon) => (daemon, false, true),
             Placement::Refuse(refusal) => {
                 self.effects.push(Effect::Refused { request, refusal });
                 return;
             }
         };
-        let key = acquire.key;
-        let fresh = if bind { self.bind(&key, &acquire.tenant, acquire.source, &daemon, now) } else { None };
-        let unit = match acquire.class {
+        let Acquire { key, tenant, source, class, target, .. } = acquire;
+        if bind {
+            self.bind(&key, &tenant, &daemon, now);
+            self.group(&key, source);
+        }
+        let unit = match class {
             _ if !bind => Unit::None,
             Class::Work(Work::Build) => Unit::Build,
             Class::Work(_) => Unit::Other,
             _ => Unit::None,
         };
-        let builds = matches!(acquire.class, Class::Work(Work::Build | Work::BuildKit));
-        let uuid = acquire.target.filter(|t| t.kind == Kind::BuildSession).map(|t| t.reference);
+        let builds = matches!(class, Class::Work(Work::Build | Work::BuildKit));
+        if builds && let Some(d) = self.daemons.get_mut(&daemon) {
+            d.builders.start(&key, &tenant);
+        }
+        let uuid = target.filter(|t| t.kind == Kind::BuildSession).map(|t| t.reference);
         if let Some(uuid) = &uuid {
-            self.objects.add(&daemon, Kind::BuildSession, uuid, None, now);
+            self.objects.hold(&daemon, uuid, &tenant, now);
         }
         self.next_open += 1;
         let open = OpenId(self.next_open);
-        let counted = self.sessions.contains_key(&key);
-        let lease = match self.sessions.get_mut(&key) {
-            Some(session) => {
-                session.open += 1;
-                match unit {
-                    Unit::Build => session.builds += 1,
-                    Unit::Other => session.others += 1,
-                    Unit::None => {}
-                }
-                session.home.as_ref().filter(|h| h.daemon == daemon).and_then(|h| h.lease)
+        let mut lease = None;
+        let mut fresh = free;
+        let session = self.sessions.get_mut(&key);
+        let counted = session.is_some();
+        if let Some(session) = session {
+            session.open += 1;
+            match unit {
+                Unit::Build => session.builds += 1,
+                Unit::Other => session.others += 1,
+                Unit::None => {}
             }
-            None => None,
-        };
-        let known = Open { key: key.clone(), daemon: daemon.clone(), unit, counted, builds, fresh, uuid };
-        self.opens.insert(open, known);
+            if let Some(home) = session.home.as_ref().filter(|h| h.daemon == daemon) {
+                lease = home.lease;
+                fresh |= bind && !home.proven;
+            }
+        }
         self.settle(&key, now);
-        self.effects.push(Effect::Granted { request, open, daemon, lease, fresh: fresh.is_some() });
+        let known =
+            Open { key, daemon: daemon.clone(), unit, counted, builds, lease, tenant, since: now, uuid };
+        self.opens.insert(open, known);
+        self.effects.push(Effect::Granted { request, open, daemon, lease, fresh });
     }
 
-    /// Gives the session a lease on `daemon`. Returns it if it is new.
-    fn bind(
-        &mut self,
-        key: &SessionKey,
-        tenant: &Tenant,
-        source: Option<SessionKey>,
-        daemon: &DaemonId,
-        now: Time,
-    ) -> Option<LeaseId> {
-        let session = self
-            .sessions
-            .entry(key.clone())
-            .or_insert_with(|| Session::new(tenant.clone(), source.clone(), now));
-        if session.lease().is_some() && session.home.as_ref().is_some_and(|h| h.daemon == *daemon) {
-            return None;
+    /// Gives the session a lease on `daemon`, if it has none there.
+    fn bind(&mut self, key: &SessionKey, tenant: &Tenant, daemon: &DaemonId, now: Time) {
+        let session = self.sessions.entry(key.clone()).or_insert_with(|| Session::new(tenant.clone(), now));
+        if session.home.as_ref().is_some_and(|h| h.daemon == *daemon && h.lease.is_some()) {
+            return;
         }
         self.end_lease(key, now, false);
         self.next_lease += 1;
         let lease = LeaseId { epoch: self.config.epoch, number: self.next_lease };
-        let session = self.sessions.get_mut(key)?;
+        let Some(session) = self.sessions.get_mut(key) else { return };
         if session.home.as_ref().is_some_and(|h| h.daemon != *daemon) {
             session.owned.clear();
         }
-        session.home = Some(Home { daemon: daemon.clone(), lease: Some(lease), since: now });
-        session.lost = None;
-        session.source = source;
-        let group = session.source.clone().unwrap_or_else(|| key.clone());
-        self.sources.entry(group).or_default().insert(key.clone());
-        if let Some(d) = self.daemons.get_mut(daemon) {
+        let elsewhere = session.foreign.remove(daemon);
+        let d = self.daemons.get_mut(daemon);
+        if let Some(d) = d {
             d.sessions.insert(key.clone());
+            // Its containers there share its slot from now on, instead of one for themselves.
+            d.used -= u32::from(elsewhere.is_some());
         }
+        for id in elsewhere.into_iter().flatten() {
+            session.owned.insert(Owned::Object(Kind::Container, id.clone()));
+            session.live.insert(id);
+        }
+        let proven = !session.owned.is_empty();
+        session.home = Some(Home { daemon: daemon.clone(), lease: Some(lease), since: now, proven });
+        session.lost = None;
+        session.groups.insert(key.clone());
+        self.sources.entry(key.clone()).or_default().insert(key.clone());
         self.effects.push(Effect::LeaseStarted { key: key.clone(), lease, daemon: daemon.clone() });
-        Some(lease)
+    }
+
+    /// Lets the other connections of the session's client find its lease. A key may come from many sources.
+    fn group(&mut self, key: &SessionKey, source: Option<SessionKey>) {
+        let Some(session) = self.sessions.get_mut(key) else { return };
+        if let Some(source) = source
+            && session.source.replace(source.clone()).as_ref() != Some(&source)
+            && session.groups.insert(source.clone())
+        {
+            self.sources.entry(source).or_default().insert(key.clone());
+        }
     }
 
     /// Takes the lease away and gives its slots back. What the session owns, and its home, stay.
     fn end_lease(&mut self, key: &SessionKey, now: Time, lost: bool) {
         let Some(session) = self.sessions.get_mut(key) else { return };
-        let group = session.source.clone().unwrap_or_else(|| key.clone());
         let Some(home) = session.home.as_mut() else { return };
         let Some(lease) = home.lease.take() else { return };
         let (daemon, since) = (home.daemon.clone(), home.since);
         let slots = std::mem::take(&mut session.slots);
+        let groups = std::mem::take(&mut session.groups);
+        session.source = None;
         session.linger = None;
         // What is remembered, is remembered from the end of the lease on.
         session.idle = session.idle.map(|_| now);
@@ -289,10 +312,12 @@ impl Engine {
             d.used -= slots;
             d.sessions.remove(key);
         }
-        if let Some(siblings) = self.sources.get_mut(&group) {
-            siblings.remove(key);
-            if siblings.is_empty() {
-                self.sources.remove(&group);
+        for group in groups {
+            if let Some(siblings) = self.sources.get_mut(&group) {
+                siblings.remove(key);
+                if siblings.is_empty() {
+                    self.sources.remove(&group);
+                }
             }
         }
         let lasted = now.saturating_sub(since);
@@ -301,15 +326,14 @@ impl Engine {
 
     fn release(&mut self, open: OpenId, outcome: Outcome, now: Time) {
         let Some(gone) = self.opens.remove(&open) else { return };
-        if let Some(uuid) = &gone.uuid
-            && !self.opens.values().any(|o| o.uuid.as_ref() == Some(uuid))
-        {
-            self.objects.remove(&gone.daemon, Kind::BuildSession, uuid);
+        if let Some(uuid) = &gone.uuid {
+            self.objects.let_go(&gone.daemon, uuid);
         }
+        let unreached = outcome == Outcome::Unreached;
         if gone.builds
             && let Some(daemon) = self.daemons.get_mut(&gone.daemon)
         {
-            daemon.builders.insert(gone.key.clone());
+            daemon.builders.end(&gone.key, (!unreached).then_some(now));
         }
         if let Some(session) = self.sessions.get_mut(&gone.key) {
             session.open -= u32::from(gone.counted);
@@ -318,23 +342,39 @@ impl Engine {
                 Unit::Other => session.others -= 1,
                 Unit::None => {}
             }
-            let unbind = outcome == Outcome::Unreached
-                && gone.fresh.is_some()
-                && session.lease() == gone.fresh
-                && session.open == 0;
-            if unbind {
-                self.end_lease(&gone.key, now, false);
-                if let Some(session) = self.sessions.get_mut(&gone.key)
-                    && session.owned.is_empty()
-                {
-                    session.home = None;
-                }
-            }
+        }
+        if unreached {
+            self.unbind(&gone, now);
+        } else {
+            self.prove(&gone);
         }
         self.settle(&gone.key, now);
-        if outcome == Outcome::Unreached {
+        if unreached {
             let probe = Probe::Refused("connection refused".into());
             self.probed(&gone.daemon, probe);
+        }
+    }
+
+    /// Something of the open's lease has reached its daemon: from now on the session stays there.
+    fn prove(&mut self, open: &Open) {
+        if let Some(session) = self.sessions.get_mut(&open.key)
+            && let Some(home) = session.home.as_mut()
+            && home.lease == open.lease
+        {
+            home.proven |= home.lease.is_some();
+        }
+    }
+
+    /// Undoes a binding of which nothing has reached the daemon, so that the session is tried elsewhere.
+    fn unbind(&mut self, open: &Open, now: Time) {
+        let Some(session) = self.sessions.get(&open.key) else { return };
+        let unproven =
+            session.home.as_ref().is_some_and(|h| h.lease.is_some() && h.lease == open.lease && !h.proven);
+        if unproven && !session.busy() {
+            self.end_lease(&open.key, now, false);
+            if let Some(session) = self.sessions.get_mut(&open.key) {
+                session.home = None;
+            }
         }
     }
 
@@ -344,12 +384,13 @@ impl Engine {
             return;
         }
         known.unit = Unit::Build;
-        let key = known.key.clone();
-        if let Some(session) = self.sessions.get_mut(&key) {
+        let known = known.clone();
+        self.prove(&known);
+        if let Some(session) = self.sessions.get_mut(&known.key) {
             session.others -= 1;
             session.builds += 1;
         }
-        self.settle(&key, now);
+        self.settle(&known.key, now);
     }
 
     /// Brings a session's slots, linger and timer in line with its work. Called after every change to it.

@@ -13,6 +13,8 @@ pub struct Home {
     pub lease: Option<LeaseId>,
     /// Since when.
     pub since: Time,
+    /// Whether anything of the lease has reached the daemon. Until then the session may be tried elsewhere.
+    pub(super) proven: bool,
 }
 
 /// Something of a session's that exists on its home only.
@@ -28,8 +30,10 @@ pub(super) enum Owned {
 pub struct Session {
     /// Who it belongs to.
     pub tenant: Tenant,
-    /// The key of its source when its own is explicit.
+    /// The key of its source when its own is explicit; the latest one, if it comes from several.
     pub source: Option<SessionKey>,
+    /// The keys under which its lease is found by its client's other connections.
+    pub(super) groups: BTreeSet<SessionKey>,
     /// Its binding.
     pub home: Option<Home>,
     /// The daemon that it lost, until it starts work again.
@@ -56,10 +60,11 @@ pub struct Session {
 }
 
 impl Session {
-    pub(super) fn new(tenant: Tenant, source: Option<SessionKey>, now: Time) -> Self {
+    pub(super) fn new(tenant: Tenant, now: Time) -> Self {
         Session {
             tenant,
-            source,
+            source: None,
+            groups: BTreeSet::new(),
             home: None,
             lost: None,
             open: 0,
