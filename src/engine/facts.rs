@@ -110,11 +110,12 @@ impl Engine {
         }
         if kind == Kind::Container {
             let (started, live) = (object.started, object.live);
-            self.set_live(daemon, id, live || !started, now);
             if !started {
+                object.unstarted = now + self.config.unstarted;
                 let timer = Timer::Container(daemon.clone(), id.to_string());
-                self.timers.insert((now + self.config.unstarted, timer));
+                self.timers.insert((object.unstarted, timer));
             }
+            self.set_live(daemon, id, live || !started, now);
         }
     }
 

@@ -483,8 +483,8 @@ impl Engine {
     }
 
     fn container_due(&mut self, daemon: &DaemonId, id: &str, now: Time) {
-        let unstarted = self.objects.get(daemon, Kind::Container, id).is_some_and(|o| o.live && !o.started);
-        if unstarted {
+        let object = self.objects.get(daemon, Kind::Container, id);
+        if object.is_some_and(|o| o.live && !o.started && o.unstarted <= now) {
             self.set_live(daemon, id, false, now);
         }
     }

@@ -24,6 +24,8 @@ pub(super) struct Object {
     pub live: bool,
     /// Whether it has run at all: a container that is never started stops counting after a minute.
     pub started: bool,
+    /// Until when it counts if it is not started.
+    pub unstarted: Time,
     /// When something was learned of it last: a list that was asked for before is older news.
     pub seen: Time,
 }
@@ -54,6 +56,7 @@ impl Objects {
             owners: Vec::new(),
             live: false,
             started: false,
+            unstarted: Time::ZERO,
             seen,
         });
         object.seen = object.seen.max(seen);

@@ -195,10 +195,6 @@ impl Pool {
         self.learn(daemon, None, Fact::Stopped { id: id.into() });
     }
 
-    fn removed(&mut self, daemon: &DaemonId, id: &str) {
-        self.learn(daemon, None, Fact::Removed { kind: Kind::Container, id: id.into() });
-    }
-
     fn writes(&mut self, grant: &Grant, reference: &str, id: &str, written: Written) {
         let fact = Fact::ImageWritten {
             reference: super::images::normalise(reference),
@@ -315,7 +311,7 @@ fn a_pulled_image_does_not_pile_sessions_on_one_daemon() {
     pool.writes(&pull, "alpine", "sha256:aa", Written::Pulled);
     pool.done(&pull);
     let mut daemons: Vec<DaemonId> = (0..8).map(|i| pool.call(create(&format!("k{i}"), "alpine"))).collect();
-    assert!(daemons.iter().any(|d| *d == pull.daemon));
+    assert!(daemons.contains(&pull.daemon));
     daemons.sort();
     daemons.dedup();
     assert_eq!(daemons.len(), 4);
@@ -653,6 +649,23 @@ fn a_container_that_is_never_started_counts_for_a_minute() {
     assert_eq!(pool.used(&a), 0, "a minute, and the linger");
     pool.learn(&a, None, Fact::Started { id: "c1".into() });
     assert_eq!(pool.used(&a), 1, "started after all, it takes a slot at once");
+}
+
+#[test]
+fn a_container_made_anew_under_an_old_id_has_a_whole_minute() {
+    let mut pool = Pool::of(1);
+    let a = DaemonId::from("a");
+    let grant = pool.grant(create("k", "alpine"));
+    let created = Fact::Created { kind: Kind::Container, id: "c1".into(), name: None };
+    pool.learn(&a, Some(&grant), created.clone());
+    pool.pass(50);
+    pool.learn(&a, None, Fact::Removed { kind: Kind::Container, id: "c1".into() });
+    pool.learn(&a, Some(&grant), created);
+    pool.done(&grant);
+    pool.pass(59);
+    assert_eq!(pool.engine.sessions().next().unwrap().1.live.len(), 1);
+    pool.pass(1);
+    assert_eq!(pool.engine.sessions().next().unwrap().1.live.len(), 0);
 }
 
 #[test]
