@@ -419,7 +419,9 @@ pub enum Effect {
         daemon: DaemonId,
         /// The session's lease, if this class of request holds one.
         lease: Option<LeaseId>,
-        /// Whether this request bound the session: only then may it be tried elsewhere.
+        /// Whether it may be tried elsewhere when not a byte of it reached the daemon: nothing of its
+        /// session has been there yet, and no fact led there. To try, release it as
+        /// [`Outcome::Unreached`] and acquire again.
         fresh: bool,
     },
     /// The request gets no daemon.
