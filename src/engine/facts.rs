@@ -24,6 +24,7 @@ impl Engine {
                     self.own(daemon, kind, &id, &by.key, &by.tenant, now);
                 }
             }
+            Fact::Labelled { kind, id, project } => self.objects.label(daemon, kind, &id, &project, now),
             Fact::Started { id } => {
                 self.objects.add(daemon, Kind::Container, &id, None, now);
                 self.ran(daemon, &id, true, now);
@@ -204,7 +205,7 @@ impl Engine {
                     Kind::Container => containers.contains(id),
                     Kind::Network => networks.contains(id),
                     Kind::Volume => volumes.contains(id),
-                    Kind::Exec | Kind::BuildSession => true,
+                    Kind::Exec | Kind::BuildSession | Kind::Project => true,
                 };
                 !listed && object.seen < began
             })
@@ -221,6 +222,9 @@ impl Engine {
         }
         for name in &inventory.volumes {
             self.objects.add(daemon, Kind::Volume, name, Some(name), began);
+        }
+        for (kind, id, project) in &inventory.projects {
+            self.objects.label(daemon, *kind, id, project, began);
         }
         self.relist(daemon, began, &inventory.images, now);
     }

@@ -226,7 +226,7 @@ impl Engine {
         }
         let uuid = target.filter(|t| t.kind == Kind::BuildSession).map(|t| t.reference);
         if let Some(uuid) = &uuid {
-            self.objects.hold(&daemon, uuid, &tenant, now);
+            self.objects.hold(&daemon, Kind::BuildSession, uuid, Some(&tenant), now);
         }
         self.next_open += 1;
         let open = OpenId(self.next_open);
@@ -327,7 +327,7 @@ impl Engine {
     fn release(&mut self, open: OpenId, outcome: Outcome, now: Time) {
         let Some(gone) = self.opens.remove(&open) else { return };
         if let Some(uuid) = &gone.uuid {
-            self.objects.let_go(&gone.daemon, uuid);
+            self.objects.let_go(&gone.daemon, Kind::BuildSession, uuid);
         }
         let unreached = outcome == Outcome::Unreached;
         if gone.builds

@@ -26,6 +26,8 @@ pub(super) struct Object {
     pub started: bool,
     /// Until when it counts if it is not started.
     pub unstarted: Time,
+    /// The compose project that it belongs to.
+    pub project: Option<String>,
     /// When something was learned of it last: a list that was asked for before is older news.
     pub seen: Time,
 }
@@ -37,8 +39,9 @@ pub(super) struct Objects {
     by_name: BTreeMap<(Kind, String), BTreeSet<(DaemonId, String)>>,
     /// What each daemon has, so that a list of one daemon costs nothing for all the others.
     on: BTreeMap<DaemonId, BTreeSet<(Kind, String)>>,
-    /// How many open connections keep a BuildKit session's uuid known.
-    held: BTreeMap<(DaemonId, String), u32>,
+    /// How many others keep an object known that is none by itself: open connections a BuildKit session's uuid,
+    /// containers and networks their compose project.
+    held: BTreeMap<(DaemonId, Kind, String), u32>,
     execs: VecDeque<(DaemonId, String)>,
     lost: BTreeMap<String, DaemonId>,
     lost_order: VecDeque<String>,
@@ -57,6 +60,7 @@ impl Objects {
             live: false,
             started: false,
             unstarted: Time::ZERO,
+            project: None,
             seen,
         });
         object.seen = object.seen.max(seen);
@@ -86,24 +90,37 @@ impl Objects {
         new
     }
 
-    /// Makes a BuildKit session's uuid known until it is let go as often as it was held.
-    pub fn hold(&mut self, daemon: &DaemonId, uuid: &str, tenant: &Tenant, now: Time) {
-        self.add(daemon, Kind::BuildSession, uuid, None, now);
-        if let Some(object) = self.get_mut(daemon, Kind::BuildSession, uuid) {
+    /// Makes a BuildKit session's uuid, or a compose project, known until it is let go as often as it was held.
+    pub fn hold(&mut self, daemon: &DaemonId, kind: Kind, id: &str, tenant: Option<&Tenant>, now: Time) {
+        self.add(daemon, kind, id, None, now);
+        if let Some(object) = self.get_mut(daemon, kind, id)
+            && let Some(tenant) = tenant
+        {
             object.tenant = Some(tenant.clone());
         }
-        *self.held.entry((daemon.clone(), uuid.to_string())).or_default() += 1;
+        *self.held.entry((daemon.clone(), kind, id.to_string())).or_default() += 1;
     }
 
-    /// One connection less that keeps a uuid known.
-    pub fn let_go(&mut self, daemon: &DaemonId, uuid: &str) {
-        let key = (daemon.clone(), uuid.to_string());
+    /// One less that keeps it known.
+    pub fn let_go(&mut self, daemon: &DaemonId, kind: Kind, id: &str) {
+        let key = (daemon.clone(), kind, id.to_string());
         let Some(holders) = self.held.get_mut(&key) else { return };
         *holders -= 1;
         if *holders == 0 {
             self.held.remove(&key);
-            self.remove(daemon, Kind::BuildSession, uuid);
+            self.remove(daemon, kind, id);
         }
+    }
+
+    /// Notes the compose project of an object.
+    pub fn label(&mut self, daemon: &DaemonId, kind: Kind, id: &str, project: &str, now: Time) {
+        let Some(object) = self.get_mut(daemon, kind, id) else { return };
+        if object.project.is_some() {
+            return; // Told twice; a label does not change.
+        }
+        object.project = Some(project.to_string());
+        let tenant = object.tenant.clone();
+        self.hold(daemon, Kind::Project, project, tenant.as_ref(), now);
     }
 
     fn unname(&mut self, kind: Kind, name: &str, daemon: &DaemonId, id: &str) {
@@ -132,6 +149,9 @@ impl Objects {
             if all.is_empty() {
                 self.on.remove(daemon);
             }
+        }
+        if let Some(project) = &object.project {
+            self.let_go(daemon, Kind::Project, project);
         }
         Some(object)
     }

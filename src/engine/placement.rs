@@ -77,10 +77,14 @@ impl Engine {
             // Several, and the session has a daemon of its own: that one says "no such container".
             _ if own.is_some() => None,
             several => Some(Placement::Refuse(Refusal::Ambiguous(format!(
-                "{} exists on {} daemons of the pool ({}) and on none of this session's: use its full id",
+                "{} exists on {} daemons of the pool ({}) and on none of this session's: {}",
                 target.reference,
                 several.len(),
-                names(several)
+                names(several),
+                match target.kind {
+                    Kind::Project => "name the session that it belongs to (DINDPOOL_SESSION)",
+                    _ => "use its full id",
+                }
             )))),
         }
     }
