@@ -126,7 +126,8 @@ fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_multi_thread().enable_all().build()
 }
 
-/// Completes at SIGTERM or SIGINT. A second signal ends the process at once.
+/// Completes at SIGTERM or SIGINT. A second one ends the process at once: somebody does not want to wait for the
+/// grace. (Local daemons live on then; the next `dindpool up` on the same data adopts them.)
 async fn signals() {
     use tokio::signal::unix::{SignalKind, signal};
     let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
@@ -137,6 +138,13 @@ async fn signals() {
         _ = term.recv() => {}
         _ = int.recv() => {}
     }
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = term.recv() => {}
+            _ = int.recv() => {}
+        }
+        std::process::exit(130);
+    });
 }
 
 #[cfg(test)]

@@ -57,6 +57,8 @@ impl Up {
             let cpus = std::thread::available_parallelism().map_or(1, usize::from);
             raw.slots = u32::try_from(cpus / self.daemons.max(1)).ok().map(|n| n.max(1));
         }
+        // Ctrl-C at a terminal: nobody waits ten minutes for it.
+        raw.shutdown_grace.get_or_insert_with(|| "5s".into());
         let warn = raw.log_level.is_none();
         let mut settings = raw.validate(false)?;
         if warn {

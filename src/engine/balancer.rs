@@ -4,6 +4,8 @@
 //! one in use. Leases without work come second: a session between two builds will work again where it is.
 //! What still ties is drawn at random, because any fixed order would send every burst to the same daemon.
 
+use std::cmp::Ordering;
+
 use super::daemon::Daemon;
 use super::model::DaemonId;
 
@@ -34,9 +36,10 @@ fn mix(mut z: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// The daemon with the least expected wait among `daemons`.
+/// The daemon with the least expected wait among `daemons`; of equals one that is `warm`.
 pub(super) fn least_wait<'a>(
     daemons: impl Iterator<Item = &'a Daemon>,
+    warm: impl Fn(&Daemon) -> bool,
     random: &mut Random,
 ) -> Option<&'a DaemonId> {
     let mut best: Option<(&Daemon, u64)> = None;
@@ -45,30 +48,37 @@ pub(super) fn least_wait<'a>(
             best = Some((daemon, 1));
             continue;
         };
-        // a/b < c/d without division, so that equal loads are exactly equal.
-        let load = |d: &Daemon, other: &Daemon| {
-            let capacity = u64::from(other.slots.max(1));
-            (u64::from(d.used) * capacity, d.sessions.len() as u64 * capacity)
-        };
-        match load(daemon, leader).cmp(&load(leader, daemon)) {
-            std::cmp::Ordering::Less => best = Some((daemon, 1)),
+        let order = compare(daemon, leader).then_with(|| warm(leader).cmp(&warm(daemon)));
+        match order {
+            Ordering::Less => best = Some((daemon, 1)),
             // Reservoir sampling: each of n equals ends up chosen with probability 1/n.
-            std::cmp::Ordering::Equal if random.below(ties + 1) == 0 => best = Some((daemon, ties + 1)),
-            std::cmp::Ordering::Equal => best = Some((leader, ties + 1)),
-            std::cmp::Ordering::Greater => {}
+            Ordering::Equal if random.below(ties + 1) == 0 => best = Some((daemon, ties + 1)),
+            Ordering::Equal => best = Some((leader, ties + 1)),
+            Ordering::Greater => {}
         }
     }
     best.map(|(daemon, _)| &daemon.id)
 }
 
+/// Work against capacity, then leases against capacity. a/b < c/d without division, so that equal loads are
+/// exactly equal.
+fn compare(a: &Daemon, b: &Daemon) -> Ordering {
+    let load = |d: &Daemon, other: &Daemon| {
+        let capacity = u64::from(other.slots.max(1));
+        (u64::from(d.used) * capacity, d.sessions.len() as u64 * capacity)
+    };
+    load(a, b).cmp(&load(b, a))
+}
+
 /// The daemon that reads of an unbound session go to: always the same one for the same key (rendezvous
 /// hashing), without keeping anything about it.
 pub(super) fn rendezvous<'a>(daemons: impl Iterator<Item = &'a Daemon>, key: &str) -> Option<&'a DaemonId> {
-    daemons.map(|d| &d.id).max_by_key(|id| mix(hash(key) ^ hash(id.as_str()).rotate_left(32)))
+    let key = hash(key);
+    daemons.max_by_key(|d| mix(key ^ d.hash.rotate_left(32))).map(|d| &d.id)
 }
 
 /// FNV-1a, stable between processes and versions, unlike the standard library's hasher.
-fn hash(text: &str) -> u64 {
+pub(super) fn hash(text: &str) -> u64 {
     text.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0000_0100_0000_01B3))
 }
 
@@ -85,7 +95,7 @@ mod tests {
     #[test]
     fn the_least_share_in_use_wins() {
         let pool = [daemon("a", 2, 4), daemon("b", 1, 4), daemon("c", 1, 2)];
-        assert_eq!(least_wait(pool.iter(), &mut Random::new(1)).unwrap().as_str(), "b");
+        assert_eq!(least_wait(pool.iter(), |_| false, &mut Random::new(1)).unwrap().as_str(), "b");
     }
 
     #[test]
@@ -93,7 +103,7 @@ mod tests {
         let mut pool = [daemon("a", 0, 2), daemon("b", 0, 2)];
         pool[0].sessions.insert("k".into());
         for seed in 0..20 {
-            assert_eq!(least_wait(pool.iter(), &mut Random::new(seed)).unwrap().as_str(), "b");
+            assert_eq!(least_wait(pool.iter(), |_| false, &mut Random::new(seed)).unwrap().as_str(), "b");
         }
     }
 
@@ -103,7 +113,7 @@ mod tests {
         let mut random = Random::new(7);
         let mut counts = std::collections::BTreeMap::new();
         for _ in 0..3000 {
-            *counts.entry(least_wait(pool.iter(), &mut random).unwrap().clone()).or_insert(0) += 1;
+            *counts.entry(least_wait(pool.iter(), |_| false, &mut random).unwrap().clone()).or_insert(0) += 1;
         }
         assert!(counts.values().all(|n| (850..1150).contains(n)), "{counts:?}");
     }

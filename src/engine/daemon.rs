@@ -1,9 +1,9 @@
 //! One daemon: its state, its health with hysteresis, and the slots in use.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
-use super::Config;
-use super::model::{DaemonId, Facts, Health, Probe, SessionKey, State};
+use super::model::{ApiVersion, DaemonId, Facts, Health, Probe, SessionKey, State, Tenant, Time};
+use super::{Config, balancer};
 
 /// A daemon as the engine sees it.
 #[derive(Debug, Clone)]
@@ -24,10 +24,12 @@ pub struct Daemon {
     pub used: u32,
     /// Sessions with a lease here.
     pub sessions: BTreeSet<SessionKey>,
-    /// Whether its API range does not meet the others'.
-    pub misfit: bool,
-    /// Sessions whose BuildKit builds ended here since the images were listed last.
-    pub(super) builders: BTreeSet<SessionKey>,
+    /// Why it is refused, if its API range does not meet the others'.
+    pub misfit: Option<String>,
+    /// Its name's hash, for the placing of reads.
+    pub(super) hash: u64,
+    /// Who may have made an image of which only an event or a list tells.
+    pub(super) builders: Builders,
     /// The provisioner's word on the slots.
     fixed_slots: Option<u32>,
     failures: u32,
@@ -37,6 +39,7 @@ pub struct Daemon {
 impl Daemon {
     pub(super) fn new(id: DaemonId, slots: Option<u32>) -> Self {
         Daemon {
+            hash: balancer::hash(id.as_str()),
             id,
             state: State::Starting,
             health: Health::Healthy,
@@ -45,8 +48,8 @@ impl Daemon {
             slots: slots.unwrap_or(1),
             used: 0,
             sessions: BTreeSet::new(),
-            misfit: false,
-            builders: BTreeSet::new(),
+            misfit: None,
+            builders: Builders::default(),
             fixed_slots: slots,
             failures: 0,
             successes: 0,
@@ -55,12 +58,49 @@ impl Daemon {
 
     /// Whether it takes new sessions.
     pub fn takes_sessions(&self) -> bool {
-        self.state == State::Ready && self.health == Health::Healthy && !self.misfit
+        self.state == State::Ready && self.health == Health::Healthy && self.misfit.is_none()
     }
 
     /// State and health as one value, to see whether they changed.
     pub(super) fn standing(&self) -> (State, Health, bool) {
-        (self.state, self.health, self.misfit)
+        (self.state, self.health, self.misfit.is_some())
+    }
+
+    /// Why it does not take sessions, in words; empty when all is well.
+    pub fn why(&self) -> &str {
+        match &self.misfit {
+            Some(misfit) if self.health == Health::Healthy => misfit,
+            _ => &self.reason,
+        }
+    }
+
+    /// The API versions that it serves, once it has said so.
+    pub(super) fn api_range(&self) -> Option<(ApiVersion, ApiVersion)> {
+        self.facts.as_ref().map(|f| (f.api_min, f.api_max))
+    }
+
+    /// Whether it serves `api`. Without one in the request's path, any version will do.
+    pub(super) fn serves(&self, api: Option<ApiVersion>) -> bool {
+        let Some((min, max)) = self.api_range() else { return true };
+        api.is_none_or(|api| min <= api && api <= max)
+    }
+
+    /// The provisioner has begun to delete it, or has thought better of it.
+    pub(super) fn drain(&mut self, draining: bool) {
+        self.state = match (self.state, draining) {
+            (State::Ready | State::Starting, true) => State::Draining,
+            (State::Draining, false) if self.facts.is_none() => State::Starting,
+            (State::Draining, false) => State::Ready,
+            (state, _) => state,
+        };
+    }
+
+    /// Takes over the provisioner's word on the slots.
+    pub(super) fn fix_slots(&mut self, slots: Option<u32>) {
+        self.fixed_slots = slots;
+        if let Some(slots) = slots.or_else(|| self.facts.as_ref().map(default_slots)) {
+            self.slots = slots;
+        }
     }
 
     /// Takes in a probe. One refused connection ejects at once (nobody listens); a slow or broken answer must
@@ -101,6 +141,51 @@ impl Daemon {
         if eject && self.state != State::Starting {
             self.health = Health::Ejected;
         }
+    }
+}
+
+/// The sessions that build on a daemon, or whose builds ended after its images were listed last.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Builders {
+    under_way: BTreeMap<SessionKey, (Tenant, u32)>,
+    ended: BTreeMap<SessionKey, (Tenant, Time)>,
+}
+
+impl Builders {
+    /// A build starts.
+    pub fn start(&mut self, key: &SessionKey, tenant: &Tenant) {
+        self.under_way.entry(key.clone()).or_insert_with(|| (tenant.clone(), 0)).1 += 1;
+    }
+
+    /// A build ends; `at` is `None` if it never reached the daemon.
+    pub fn end(&mut self, key: &SessionKey, at: Option<Time>) {
+        let Some((tenant, builds)) = self.under_way.get_mut(key) else { return };
+        *builds -= 1;
+        if let Some(at) = at {
+            self.ended.insert(key.clone(), (tenant.clone(), at));
+        }
+        if *builds == 0 {
+            self.under_way.remove(key);
+        }
+    }
+
+    /// The images were listed at `began`: builds that had ended by then can bring nothing new.
+    pub fn listed(&mut self, began: Time) {
+        self.ended.retain(|_, (_, at)| *at > began);
+    }
+
+    /// Whether images may be there that no list and no event has told of.
+    pub fn stale(&self) -> bool {
+        !self.ended.is_empty()
+    }
+
+    /// All of them, and their tenants.
+    pub fn all(&self) -> (Vec<SessionKey>, Vec<Tenant>) {
+        let all: BTreeMap<_, _> = (self.under_way.iter().map(|(key, (tenant, _))| (key, tenant)))
+            .chain(self.ended.iter().map(|(key, (tenant, _))| (key, tenant)))
+            .collect();
+        let tenants: BTreeSet<&Tenant> = all.values().copied().collect();
+        (all.keys().map(|key| (*key).clone()).collect(), tenants.into_iter().cloned().collect())
     }
 }
 

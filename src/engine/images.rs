@@ -8,24 +8,64 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::model::{DaemonId, ListedImage, SessionKey, Tenant, Time, Written};
 
+/// A reference that every job builds again from its cache, to the same id, has no more makers than this: the
+/// latest ones.
+const MAKERS: usize = 32;
+
 /// One reference on one daemon.
 #[derive(Debug, Clone)]
-pub(super) struct Entry {
+struct Entry {
     /// `sha256:…`, when known.
-    pub id: Option<String>,
+    id: Option<String>,
     /// When it was written, as far as this engine saw it.
-    pub at: Time,
+    at: Time,
     /// Orders the writes: two of one instant (a burst of events) must be in order, too.
-    pub order: u64,
+    order: u64,
     /// How.
-    pub written: Written,
-    /// Whose it is; `None` is everybody's.
-    pub tenant: Option<Tenant>,
+    written: Written,
+    /// Whose it is; without any, it is everybody's.
+    tenants: Vec<Tenant>,
     /// The sessions that made it here. More than one when builds ran side by side on the daemon and its
-    /// events do not say whose it was.
-    pub makers: Vec<SessionKey>,
+    /// events do not say whose it was, or when they made the same.
+    makers: Vec<SessionKey>,
     /// Whether a registry has it since.
-    pub pushed: bool,
+    pushed: bool,
+}
+
+impl Entry {
+    fn visible(&self, tenant: &Tenant) -> bool {
+        self.tenants.is_empty() || self.tenants.contains(tenant)
+    }
+
+    /// Takes in another write of the same image. Returns the makers that are no longer counted.
+    fn again(&mut self, write: &Write<'_>, now: Time, order: u64) -> Vec<SessionKey> {
+        if write.written == Written::Found {
+            return Vec::new();
+        }
+        let known = self.written != Written::Found;
+        let told_before = write.began.is_some_and(|began| self.at >= began);
+        if !known || write.written == Written::Made || told_before || !self.tenants.is_empty() {
+            for tenant in write.tenants {
+                if !self.tenants.contains(tenant) {
+                    self.tenants.push(tenant.clone());
+                }
+            }
+        }
+        if !(known && write.makers.is_empty()) {
+            self.at = now;
+            self.order = order;
+        }
+        if !known || write.written == Written::Made {
+            self.written = write.written;
+        }
+        for maker in write.makers {
+            if !self.makers.contains(maker) {
+                self.makers.push(maker.clone());
+            }
+        }
+        let surplus = self.makers.len().saturating_sub(MAKERS);
+        self.makers.drain(..surplus).collect()
+    }
 }
 
 /// A write that is to be recorded.
@@ -34,8 +74,19 @@ pub(super) struct Write<'a> {
     pub reference: &'a str,
     pub id: Option<&'a str>,
     pub written: Written,
-    pub tenant: Option<Tenant>,
+    pub tenants: &'a [Tenant],
     pub makers: &'a [SessionKey],
+    /// Since when the request that wrote it was open: what events told since then is the same write.
+    pub began: Option<Time>,
+}
+
+/// What became of a write.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Wrote {
+    /// Sessions that made what was there before, and are no longer held by it.
+    pub displaced: Vec<SessionKey>,
+    /// Whether it exists only there: made, and not pushed since.
+    pub unpushed: bool,
 }
 
 /// Where a reference may be used.
@@ -49,87 +100,134 @@ pub(super) enum Found {
     Better(Vec<DaemonId>),
 }
 
+/// What one daemon has.
+#[derive(Debug, Default)]
+struct Shelf {
+    references: BTreeSet<String>,
+    ids: BTreeSet<String>,
+}
+
 /// All references of all daemons.
 #[derive(Debug, Default)]
 pub(super) struct Images {
     references: BTreeMap<String, BTreeMap<DaemonId, Entry>>,
-    ids: BTreeMap<String, BTreeSet<DaemonId>>,
+    /// Ids, the daemons that have them, and the references that point to them there.
+    ids: BTreeMap<String, BTreeMap<DaemonId, BTreeSet<String>>>,
+    /// What each daemon has, so that a list of one daemon costs nothing for all the others.
+    on: BTreeMap<DaemonId, Shelf>,
     writes: u64,
 }
 
 impl Images {
     /// Records a write. A write of what is there already keeps its time, so that relisting does not make an
     /// old image look like the newest.
-    pub fn write(&mut self, write: Write<'_>, now: Time) {
+    pub fn write(&mut self, write: Write<'_>, now: Time) -> Wrote {
         self.writes += 1;
         let order = self.writes;
-        if let Some(id) = write.id {
-            self.ids.entry(id.to_string()).or_default().insert(write.daemon.clone());
-        }
-        let entries = self.references.entry(write.reference.to_string()).or_default();
-        match entries.get_mut(write.daemon) {
-            // An event told of it a moment ago, and now the response says whose it is; or the other way round.
-            Some(old) if write.id.is_none() || old.id.as_deref() == write.id || old.id.is_none() => {
-                old.id = old.id.take().or_else(|| write.id.map(str::to_string));
-                if write.written != Written::Found {
-                    let known = old.written != Written::Found;
-                    if !(known && write.makers.is_empty()) {
-                        old.at = now;
-                        old.order = order;
-                    }
-                    if !known || write.written == Written::Made {
-                        old.written = write.written;
-                    }
-                    old.tenant = write.tenant.or_else(|| old.tenant.take());
-                    for maker in write.makers {
-                        if !old.makers.contains(maker) {
-                            old.makers.push(maker.clone());
-                        }
-                    }
+        let (daemon, reference) = (write.daemon, write.reference);
+        let known = self.references.get_mut(reference).and_then(|entries| entries.get_mut(daemon));
+        // An event told of it a moment ago, and now the response says whose it is; or the other way round.
+        let same = known
+            .as_ref()
+            .is_some_and(|e| write.id.is_none() || e.id.is_none() || e.id.as_deref() == write.id);
+        // Made anew, and nobody said what: the old id and the old push are those of another image.
+        let anew = write.written == Written::Made
+            && write.id.is_none()
+            && known.as_ref().is_some_and(|e| write.began.is_none_or(|began| e.at < began));
+        let displaced = match known {
+            Some(old) if same => {
+                let displaced = old.again(&write, now, order);
+                let old_id = if anew { old.id.take() } else { None };
+                old.pushed &= !anew;
+                let id = write.id.filter(|_| old.id.is_none());
+                old.id = old.id.take().or_else(|| id.map(str::to_string));
+                if let Some(old_id) = old_id {
+                    self.unlink(daemon, reference, &old_id);
                 }
+                if let Some(id) = id {
+                    self.link(daemon, reference, id);
+                }
+                displaced
             }
             _ => {
-                entries.insert(
-                    write.daemon.clone(),
-                    Entry {
-                        id: write.id.map(str::to_string),
-                        at: now,
-                        order,
-                        written: write.written,
-                        tenant: write.tenant,
-                        makers: write.makers.to_vec(),
-                        pushed: false,
-                    },
-                );
+                let mut displaced = self.drop_reference(daemon, reference);
+                displaced.retain(|maker| !write.makers.contains(maker));
+                let entry = Entry {
+                    id: write.id.map(str::to_string),
+                    at: now,
+                    order,
+                    written: write.written,
+                    tenants: write.tenants.to_vec(),
+                    makers: write.makers.to_vec(),
+                    pushed: false,
+                };
+                self.references.entry(reference.to_string()).or_default().insert(daemon.clone(), entry);
+                self.on.entry(daemon.clone()).or_default().references.insert(reference.to_string());
+                if let Some(id) = write.id {
+                    self.link(daemon, reference, id);
+                }
+                displaced
             }
+        };
+        let entry = self.references.get(reference).and_then(|entries| entries.get(daemon));
+        Wrote { displaced, unpushed: entry.is_some_and(|e| e.written == Written::Made && !e.pushed) }
+    }
+
+    /// `reference` points to `id` on `daemon`.
+    fn link(&mut self, daemon: &DaemonId, reference: &str, id: &str) {
+        let references = self.ids.entry(id.to_string()).or_default().entry(daemon.clone()).or_default();
+        references.insert(reference.to_string());
+        self.on.entry(daemon.clone()).or_default().ids.insert(id.to_string());
+    }
+
+    /// `reference` no longer points to `id` on `daemon`. The image itself stays there.
+    fn unlink(&mut self, daemon: &DaemonId, reference: &str, id: &str) {
+        if let Some(references) = self.ids.get_mut(id).and_then(|daemons| daemons.get_mut(daemon)) {
+            references.remove(reference);
         }
+    }
+
+    /// Forgets a reference on one daemon. Returns its makers.
+    fn drop_reference(&mut self, daemon: &DaemonId, reference: &str) -> Vec<SessionKey> {
+        let Some(entries) = self.references.get_mut(reference) else { return Vec::new() };
+        let Some(entry) = entries.remove(daemon) else { return Vec::new() };
+        if entries.is_empty() {
+            self.references.remove(reference);
+        }
+        if let Some(shelf) = self.on.get_mut(daemon) {
+            shelf.references.remove(reference);
+        }
+        if let Some(id) = &entry.id {
+            self.unlink(daemon, reference, id);
+        }
+        entry.makers
+    }
+
+    /// Forgets an id on one daemon. Returns the references that pointed to it there.
+    fn drop_id(&mut self, daemon: &DaemonId, id: &str) -> BTreeSet<String> {
+        let Some(daemons) = self.ids.get_mut(id) else { return BTreeSet::new() };
+        let references = daemons.remove(daemon).unwrap_or_default();
+        if daemons.is_empty() {
+            self.ids.remove(id);
+        }
+        if let Some(shelf) = self.on.get_mut(daemon) {
+            shelf.ids.remove(id);
+        }
+        references
     }
 
     /// Forgets a reference, or an image with all its references, on one daemon. Returns the makers of what
     /// was forgotten, each with its reference.
     pub fn remove(&mut self, daemon: &DaemonId, reference: &str) -> Vec<(SessionKey, String)> {
+        let gone = if reference.starts_with("sha256:") {
+            self.drop_id(daemon, reference)
+        } else {
+            BTreeSet::from([reference.to_string()])
+        };
         let mut makers = Vec::new();
-        if reference.starts_with("sha256:") {
-            if let Some(daemons) = self.ids.get_mut(reference) {
-                daemons.remove(daemon);
-                if daemons.is_empty() {
-                    self.ids.remove(reference);
-                }
-            }
-            self.references.retain(|name, entries| {
-                if entries.get(daemon).is_some_and(|e| e.id.as_deref() == Some(reference))
-                    && let Some(entry) = entries.remove(daemon)
-                {
-                    makers.extend(entry.makers.into_iter().map(|m| (m, name.clone())));
-                }
-                !entries.is_empty()
-            });
-        } else if let Some(entries) = self.references.get_mut(reference) {
-            let gone = entries.remove(daemon).map(|e| e.makers).unwrap_or_default();
-            makers.extend(gone.into_iter().map(|m| (m, reference.to_string())));
-            if entries.is_empty() {
-                self.references.remove(reference);
-            }
+        for reference in gone {
+            let dropped = self.drop_reference(daemon, &reference);
+            makers.extend(dropped.into_iter().map(|maker| (maker, reference.clone())));
         }
         makers
     }
@@ -145,57 +243,72 @@ impl Images {
         }
     }
 
-    /// Takes over a list of everything that `daemon` has. References written after `began` stay even if the
-    /// list lacks them. New ones are `builders`' work. Returns the makers of what has gone, each with its
-    /// reference, and the new references that became the builders'.
+    /// Takes over a list of everything that `daemon` has. References written after `began` are newer than the
+    /// list and stay as they are. New ones are `builders`' work. Returns the makers of what has gone, each with
+    /// its reference, and the new references that became the builders'.
     pub fn list(
         &mut self,
         daemon: &DaemonId,
         began: Time,
         images: &[ListedImage],
         builders: &[SessionKey],
-        tenant: Option<Tenant>,
-        now: Time,
+        tenants: &[Tenant],
     ) -> (Vec<(SessionKey, String)>, Vec<String>) {
         let (mut gone, mut made) = (Vec::new(), Vec::new());
         let listed: BTreeSet<&str> =
             images.iter().flat_map(|i| i.references.iter().map(String::as_str)).collect();
-        self.references.retain(|reference, entries| {
-            if !listed.contains(reference.as_str())
-                && entries.get(daemon).is_some_and(|e| e.at < began)
-                && let Some(entry) = entries.remove(daemon)
-            {
-                gone.extend(entry.makers.into_iter().map(|m| (m, reference.clone())));
+        let shelf = self.on.remove(daemon).unwrap_or_default();
+        let newer = |images: &Self, reference: &str| {
+            images.references.get(reference).and_then(|e| e.get(daemon)).is_some_and(|e| e.at >= began)
+        };
+        let (keep, doomed): (BTreeSet<String>, BTreeSet<String>) = (shelf.references.into_iter())
+            .partition(|reference| listed.contains(reference.as_str()) || newer(self, reference));
+        self.on.insert(daemon.clone(), Shelf { references: keep, ids: shelf.ids.clone() });
+        for reference in doomed {
+            let makers = self.drop_reference(daemon, &reference);
+            gone.extend(makers.into_iter().map(|maker| (maker, reference.clone())));
+        }
+        let listed_ids: BTreeSet<&str> = images.iter().map(|image| image.id.as_str()).collect();
+        for id in shelf.ids {
+            let pointed_to = self.ids.get(&id).and_then(|daemons| daemons.get(daemon));
+            let newer = pointed_to.is_some_and(|names| names.iter().any(|name| newer(self, name)));
+            if !listed_ids.contains(id.as_str()) && !newer {
+                self.drop_id(daemon, &id);
             }
-            !entries.is_empty()
-        });
-        self.ids.retain(|_, daemons| {
-            daemons.remove(daemon);
-            !daemons.is_empty()
-        });
+        }
         for image in images {
-            self.ids.entry(image.id.clone()).or_default().insert(daemon.clone());
+            self.ids.entry(image.id.clone()).or_default().entry(daemon.clone()).or_default();
+            self.on.entry(daemon.clone()).or_default().ids.insert(image.id.clone());
             for reference in &image.references {
+                if newer(self, reference) {
+                    continue;
+                }
                 let new = self
                     .references
                     .get(reference)
                     .and_then(|entries| entries.get(daemon))
                     .is_none_or(|e| e.id.as_deref().is_some_and(|id| id != image.id));
+                // Known already: only its id is news.
                 let written = match (new, builders.is_empty(), image.in_registry) {
                     (true, false, _) => Written::Made,
-                    (_, _, true) => Written::Pulled,
+                    (true, true, true) => Written::Pulled,
                     _ => Written::Found,
                 };
-                let makers = if written == Written::Made { builders } else { &[] };
-                if written == Written::Made {
+                let made_now = written == Written::Made;
+                let write = Write {
+                    daemon,
+                    reference,
+                    id: Some(&image.id),
+                    written,
+                    tenants: if made_now { tenants } else { &[] },
+                    makers: if made_now { builders } else { &[] },
+                    began: None,
+                };
+                let wrote = self.write(write, began);
+                gone.extend(wrote.displaced.into_iter().map(|maker| (maker, reference.clone())));
+                if made_now {
                     made.push(reference.clone());
                 }
-                // Known already: only its id is news.
-                let written = if new { written } else { Written::Found };
-                self.write(
-                    Write { daemon, reference, id: Some(&image.id), written, tenant: tenant.clone(), makers },
-                    now,
-                );
             }
         }
         (gone, made)
@@ -203,14 +316,13 @@ impl Images {
 
     /// Forgets a daemon.
     pub fn forget(&mut self, daemon: &DaemonId) {
-        self.references.retain(|_, entries| {
-            entries.remove(daemon);
-            !entries.is_empty()
-        });
-        self.ids.retain(|_, daemons| {
-            daemons.remove(daemon);
-            !daemons.is_empty()
-        });
+        let Some(shelf) = self.on.remove(daemon) else { return };
+        for reference in &shelf.references {
+            self.drop_reference(daemon, reference);
+        }
+        for id in &shelf.ids {
+            self.drop_id(daemon, id);
+        }
     }
 
     /// Whether `key` made `reference` on `daemon`.
@@ -234,40 +346,31 @@ impl Images {
     /// Where `reference` may be used by `tenant`.
     pub fn find(&self, reference: &str, tenant: &Tenant) -> Found {
         let Some(entries) = self.references.get(reference) else {
-            return self.find_by_id(reference);
+            return self.find_by_id(reference, tenant);
         };
-        let visible = |e: &Entry| e.tenant.as_ref().is_none_or(|t| t == tenant);
-        let latest = entries
-            .iter()
-            .filter(|(_, e)| visible(e) && e.written == Written::Made)
-            .max_by_key(|(_, e)| e.order);
+        let visible = || entries.iter().filter(|(_, e)| e.visible(tenant));
+        let having = || visible().map(|(d, _)| d.clone()).collect();
+        let latest = visible().filter(|(_, e)| e.written == Written::Made).max_by_key(|(_, e)| e.order);
         if let Some((daemon, made)) = latest {
             let same = |d: &DaemonId, e: &Entry| d == daemon || (e.id.is_some() && e.id == made.id);
-            return Found::Only(
-                entries.iter().filter(|(d, e)| visible(e) && same(d, e)).map(|(d, _)| d.clone()).collect(),
-            );
+            return Found::Only(visible().filter(|(d, e)| same(d, e)).map(|(d, _)| d.clone()).collect());
         }
-        let having: Vec<DaemonId> =
-            entries.iter().filter(|(_, e)| visible(e)).map(|(d, _)| d.clone()).collect();
-        if having.is_empty() {
+        if visible().next().is_none() {
             Found::Nowhere
-        } else if entries.values().any(|e| e.written == Written::Pulled) {
-            Found::Better(having)
+        } else if visible().any(|(_, e)| e.written == Written::Pulled) {
+            Found::Better(having())
         } else {
-            Found::Only(having)
+            Found::Only(having())
         }
     }
 
     /// `sha256:…`, a bare id, an id prefix, or `name@sha256:…`.
-    fn find_by_id(&self, reference: &str) -> Found {
+    fn find_by_id(&self, reference: &str, tenant: &Tenant) -> Found {
         let digest = reference.rsplit_once('@').map_or(reference, |(_, digest)| digest);
         // A bare id or prefix was normalised as if it were a repository name.
         let bare = digest.strip_prefix("docker.io/library/").unwrap_or(digest);
         let bare = bare.strip_suffix(":latest").unwrap_or(bare);
-        let prefix = match bare.strip_prefix("sha256:") {
-            Some(hex) => hex,
-            None => bare,
-        };
+        let prefix = bare.strip_prefix("sha256:").unwrap_or(bare);
         if prefix.len() < 2 || !prefix.bytes().all(|b| b.is_ascii_hexdigit()) {
             return Found::Nowhere;
         }
@@ -276,9 +379,17 @@ impl Images {
             .ids
             .range(prefix.clone()..)
             .take_while(|(id, _)| id.starts_with(&prefix))
-            .flat_map(|(_, daemons)| daemons.iter().cloned())
+            .flat_map(|(_, daemons)| daemons.iter())
+            .filter(|(daemon, names)| self.any_visible(daemon, names, tenant))
+            .map(|(daemon, _)| daemon.clone())
             .collect();
         if daemons.is_empty() { Found::Nowhere } else { Found::Only(daemons.into_iter().collect()) }
+    }
+
+    /// Whether `tenant` may use an image by its id: it has no name, or at least one that the tenant sees.
+    fn any_visible(&self, daemon: &DaemonId, names: &BTreeSet<String>, tenant: &Tenant) -> bool {
+        let mut entries = names.iter().filter_map(|name| self.references.get(name)?.get(daemon)).peekable();
+        entries.peek().is_none() || entries.any(|e| e.visible(tenant))
     }
 
     /// How many references are known, for the metrics.
@@ -299,7 +410,9 @@ pub fn normalise(reference: &str) -> String {
         None => (reference, None),
     };
     let first = name.split('/').next().unwrap_or_default();
-    let has_domain = name.contains('/') && (first.contains(['.', ':']) || first == "localhost");
+    // A repository's name has no capitals, so what has some is a host's.
+    let is_host = first.contains(['.', ':']) || first == "localhost" || first.to_lowercase() != first;
+    let has_domain = name.contains('/') && is_host;
     let (domain, path) =
         if has_domain { name.split_once('/').unwrap_or(("docker.io", name)) } else { ("docker.io", name) };
     let domain = if domain == "index.docker.io" { "docker.io" } else { domain };
@@ -333,7 +446,7 @@ mod tests {
         written: Written,
         makers: &'a [SessionKey],
     ) -> Write<'a> {
-        Write { daemon, reference, id: Some(id), written, tenant: None, makers }
+        Write { daemon, reference, id: Some(id), written, tenants: &[], makers, began: None }
     }
 
     #[test]
@@ -349,6 +462,7 @@ mod tests {
             ("app@sha256:ab", "docker.io/library/app@sha256:ab"),
             ("app:1@sha256:ab", "docker.io/library/app@sha256:ab"),
             ("sha256:ab", "sha256:ab"),
+            ("MyRegistry/app", "MyRegistry/app:latest"),
         ] {
             assert_eq!(normalise(given), full, "{given}");
         }
@@ -401,7 +515,7 @@ mod tests {
         let tenant = Tenant::from("default");
         images.write(write(&a, "old:1", "sha256:11", Written::Made, &[]), at(1));
         images.write(write(&a, "new:1", "sha256:22", Written::Made, &[]), at(5));
-        images.list(&a, at(3), &[], &[], None, at(6));
+        images.list(&a, at(3), &[], &[], &[]);
         assert_eq!(images.find("old:1", &tenant), Found::Nowhere);
         assert_eq!(images.find("new:1", &tenant), Found::Only(vec![a]));
     }
@@ -413,13 +527,13 @@ mod tests {
         let mut images = Images::default();
         let listed =
             ListedImage { id: "sha256:11".into(), references: vec!["app:1".into()], in_registry: false };
-        images.list(&a, at(3), std::slice::from_ref(&listed), std::slice::from_ref(&key), None, at(4));
+        images.list(&a, at(3), std::slice::from_ref(&listed), std::slice::from_ref(&key), &[]);
         assert!(images.made_by(&key, &a, "app:1"));
         assert!(images.holds(&key, &a));
         images.pushed(&a, "app:1");
         assert!(!images.holds(&key, &a));
         // Listed again without a build in between: nothing changes.
-        images.list(&a, at(5), &[listed], &["other".into()], None, at(6));
+        images.list(&a, at(5), &[listed], &["other".into()], &[]);
         assert!(!images.made_by(&"other".into(), &a, "app:1"));
     }
 }

@@ -123,6 +123,8 @@ pub enum Kind {
     Exec,
     /// A BuildKit client session, by its uuid.
     BuildSession,
+    /// A compose project: it is wherever a container, network or volume with its label is.
+    Project,
 }
 
 /// An object that a request names.
@@ -275,6 +277,8 @@ pub struct Inventory {
     pub volumes: Vec<String>,
     /// Images.
     pub images: Vec<ListedImage>,
+    /// The compose projects of all these: kind, id, project.
+    pub projects: Vec<(Kind, String, String)>,
 }
 
 /// Something learned about an object on a daemon, from a response or from `/events`.
@@ -288,6 +292,15 @@ pub enum Fact {
         id: String,
         /// Its name, when known.
         name: Option<String>,
+    },
+    /// An object carries the label of a compose project.
+    Labelled {
+        /// What it is.
+        kind: Kind,
+        /// Full id; for a volume its name.
+        id: String,
+        /// The project.
+        project: String,
     },
     /// A container runs.
     Started {
@@ -419,7 +432,9 @@ pub enum Effect {
         daemon: DaemonId,
         /// The session's lease, if this class of request holds one.
         lease: Option<LeaseId>,
-        /// Whether this request bound the session: only then may it be tried elsewhere.
+        /// Whether it may be tried elsewhere when not a byte of it reached the daemon: nothing of its
+        /// session has been there yet, and no fact led there. To try, release it as
+        /// [`Outcome::Unreached`] and acquire again.
         fresh: bool,
     },
     /// The request gets no daemon.

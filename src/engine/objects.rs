@@ -18,11 +18,17 @@ const LOST: usize = 20_000;
 pub(super) struct Object {
     pub name: Option<String>,
     pub tenant: Option<Tenant>,
-    pub owner: Option<SessionKey>,
+    /// The sessions that made it. More than one only for a volume: making one that exists succeeds.
+    pub owners: Vec<SessionKey>,
     /// A container that counts as a unit of work: created a moment ago, or running.
     pub live: bool,
     /// Whether it has run at all: a container that is never started stops counting after a minute.
     pub started: bool,
+    /// Until when it counts if it is not started.
+    pub unstarted: Time,
+    /// The compose project that it belongs to.
+    pub project: Option<String>,
+    /// When something was learned of it last: a list that was asked for before is older news.
     pub seen: Time,
 }
 
@@ -31,24 +37,33 @@ pub(super) struct Object {
 pub(super) struct Objects {
     by_id: BTreeMap<(Kind, String), BTreeMap<DaemonId, Object>>,
     by_name: BTreeMap<(Kind, String), BTreeSet<(DaemonId, String)>>,
-    execs: VecDeque<String>,
+    /// What each daemon has, so that a list of one daemon costs nothing for all the others.
+    on: BTreeMap<DaemonId, BTreeSet<(Kind, String)>>,
+    /// How many others keep an object known that is none by itself: open connections a BuildKit session's uuid,
+    /// containers and networks their compose project.
+    held: BTreeMap<(DaemonId, Kind, String), u32>,
+    execs: VecDeque<(DaemonId, String)>,
     lost: BTreeMap<String, DaemonId>,
     lost_order: VecDeque<String>,
 }
 
 impl Objects {
-    /// Adds an object, or completes one that is known. Returns whether it is new.
-    pub fn add(&mut self, daemon: &DaemonId, kind: Kind, id: &str, name: Option<&str>, now: Time) -> bool {
+    /// Adds an object, or completes one that is known, as something learned at `seen`. Returns whether it is
+    /// new.
+    pub fn add(&mut self, daemon: &DaemonId, kind: Kind, id: &str, name: Option<&str>, seen: Time) -> bool {
         let entry = self.by_id.entry((kind, id.to_string())).or_default();
         let new = !entry.contains_key(daemon);
         let object = entry.entry(daemon.clone()).or_insert(Object {
             name: None,
             tenant: None,
-            owner: None,
+            owners: Vec::new(),
             live: false,
             started: false,
-            seen: now,
+            unstarted: Time::ZERO,
+            project: None,
+            seen,
         });
+        object.seen = object.seen.max(seen);
         if let Some(name) = name
             && object.name.as_deref() != Some(name)
         {
@@ -61,15 +76,51 @@ impl Objects {
                 .or_default()
                 .insert((daemon.clone(), id.to_string()));
         }
+        if new {
+            self.on.entry(daemon.clone()).or_default().insert((kind, id.to_string()));
+        }
         if new && kind == Kind::Exec {
-            self.execs.push_back(id.to_string());
+            self.execs.push_back((daemon.clone(), id.to_string()));
             if self.execs.len() > EXECS
-                && let Some(oldest) = self.execs.pop_front()
+                && let Some((daemon, oldest)) = self.execs.pop_front()
             {
-                self.by_id.remove(&(Kind::Exec, oldest));
+                self.remove(&daemon, Kind::Exec, &oldest);
             }
         }
         new
+    }
+
+    /// Makes a BuildKit session's uuid, or a compose project, known until it is let go as often as it was held.
+    pub fn hold(&mut self, daemon: &DaemonId, kind: Kind, id: &str, tenant: Option<&Tenant>, now: Time) {
+        self.add(daemon, kind, id, None, now);
+        if let Some(object) = self.get_mut(daemon, kind, id)
+            && let Some(tenant) = tenant
+        {
+            object.tenant = Some(tenant.clone());
+        }
+        *self.held.entry((daemon.clone(), kind, id.to_string())).or_default() += 1;
+    }
+
+    /// One less that keeps it known.
+    pub fn let_go(&mut self, daemon: &DaemonId, kind: Kind, id: &str) {
+        let key = (daemon.clone(), kind, id.to_string());
+        let Some(holders) = self.held.get_mut(&key) else { return };
+        *holders -= 1;
+        if *holders == 0 {
+            self.held.remove(&key);
+            self.remove(daemon, kind, id);
+        }
+    }
+
+    /// Notes the compose project of an object.
+    pub fn label(&mut self, daemon: &DaemonId, kind: Kind, id: &str, project: &str, now: Time) {
+        let Some(object) = self.get_mut(daemon, kind, id) else { return };
+        if object.project.is_some() {
+            return; // Told twice; a label does not change.
+        }
+        object.project = Some(project.to_string());
+        let tenant = object.tenant.clone();
+        self.hold(daemon, Kind::Project, project, tenant.as_ref(), now);
     }
 
     fn unname(&mut self, kind: Kind, name: &str, daemon: &DaemonId, id: &str) {
@@ -92,6 +143,15 @@ impl Objects {
         }
         if let Some(name) = &object.name {
             self.unname(kind, name, daemon, id);
+        }
+        if let Some(all) = self.on.get_mut(daemon) {
+            all.remove(&key);
+            if all.is_empty() {
+                self.on.remove(daemon);
+            }
+        }
+        if let Some(project) = &object.project {
+            self.let_go(daemon, Kind::Project, project);
         }
         Some(object)
     }
@@ -138,31 +198,11 @@ impl Objects {
         daemons.into_iter().collect()
     }
 
-    /// Removes everything of `kinds` on `daemon` that `keep` does not want, and returns it.
-    pub fn retain(
-        &mut self,
-        daemon: &DaemonId,
-        kinds: &[Kind],
-        keep: impl Fn(Kind, &str, &Object) -> bool,
-    ) -> Vec<(Kind, String, Object)> {
-        let doomed: Vec<(Kind, String)> = self
-            .by_id
-            .iter()
-            .filter(|((kind, id), entry)| {
-                kinds.contains(kind) && entry.get(daemon).is_some_and(|o| !keep(*kind, id, o))
-            })
-            .map(|(key, _)| key.clone())
-            .collect();
-        doomed
-            .into_iter()
-            .filter_map(|(kind, id)| self.remove(daemon, kind, &id).map(|o| (kind, id, o)))
-            .collect()
-    }
-
     /// Removes everything on `daemon`, and remembers the ids as lost.
     pub fn lose(&mut self, daemon: &DaemonId) {
-        let all = [Kind::Container, Kind::Network, Kind::Volume, Kind::Exec, Kind::BuildSession];
-        for (kind, id, _) in self.retain(daemon, &all, |_, _, _| false) {
+        let all: Vec<(Kind, String)> = self.on.get(daemon).into_iter().flatten().cloned().collect();
+        for (kind, id) in all {
+            self.remove(daemon, kind, &id);
             if matches!(kind, Kind::Container | Kind::Exec) {
                 self.lost_order.push_back(id.clone());
                 self.lost.insert(id, daemon.clone());
@@ -180,11 +220,12 @@ impl Objects {
         self.lost.get(id)
     }
 
-    /// Every object, for the invariants.
-    pub fn iter(&self) -> impl Iterator<Item = (Kind, &str, &DaemonId, &Object)> {
-        self.by_id
-            .iter()
-            .flat_map(|((kind, id), entry)| entry.iter().map(move |(d, o)| (*kind, id.as_str(), d, o)))
+    /// Every object on `daemon`.
+    pub fn on(&self, daemon: &DaemonId) -> impl Iterator<Item = (Kind, &str, &Object)> {
+        self.on.get(daemon).into_iter().flatten().filter_map(|key| {
+            let object = self.by_id.get(key)?.get(daemon)?;
+            Some((key.0, key.1.as_str(), object))
+        })
     }
 }
 

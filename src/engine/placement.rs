@@ -15,6 +15,8 @@ pub(super) enum Placement {
     Bind(DaemonId),
     /// It goes there and changes nothing about the session.
     Route(DaemonId),
+    /// It goes there, changes nothing, and could as well go to another.
+    Any(DaemonId),
     /// It goes nowhere.
     Refuse(Refusal),
 }
@@ -35,6 +37,13 @@ impl Engine {
         {
             return placement;
         }
+        if let Some(image) = &acquire.requirements.image
+            && acquire.class == Class::Follow
+            && self.images.find(image, &acquire.tenant) == Found::Nowhere
+            && let Some(lost) = self.tell_lost(&acquire.key)
+        {
+            return lost_session(&lost, image); // Pushed or tagged by the one that made it there.
+        }
         match self.limit(acquire) {
             Some(Limit::Only(daemons)) => self.place_within(acquire, &daemons),
             Some(Limit::Better(daemons)) => self.place_freely(acquire, &daemons),
@@ -51,16 +60,14 @@ impl Engine {
         }
         match &daemons[..] {
             [] => {
-                let lost = self.objects.lost_with(&target.reference).cloned();
-                let lost = lost.or_else(|| {
-                    // A name on a daemon that went: the session that knew it is told, once it asks.
-                    let session = self.sessions.get(&acquire.key)?;
-                    session.lost.clone().filter(|_| target.kind != Kind::BuildSession)
+                let id = &target.reference;
+                let lost = self.objects.lost_with(id).cloned();
+                // A name on a daemon that went: the session that may have meant it is told, once.
+                let lost = lost.or_else(|| match target.kind {
+                    Kind::BuildSession => None,
+                    _ => self.tell_lost(&acquire.key),
                 })?;
-                Some(Placement::Refuse(Refusal::SessionLost(format!(
-                    "session lost: its daemon {lost} has gone, and {} with it",
-                    target.reference
-                ))))
+                Some(lost_session(&lost, id))
             }
             // `/session` came before its `/build`, under another key: the build follows it.
             [one] if target.kind == Kind::BuildSession => {
@@ -70,12 +77,21 @@ impl Engine {
             // Several, and the session has a daemon of its own: that one says "no such container".
             _ if own.is_some() => None,
             several => Some(Placement::Refuse(Refusal::Ambiguous(format!(
-                "{} exists on {} daemons of the pool ({}) and on none of this session's: use its full id",
+                "{} exists on {} daemons of the pool ({}) and on none of this session's: {}",
                 target.reference,
                 several.len(),
-                names(several)
+                names(several),
+                match target.kind {
+                    Kind::Project => "name the session that it belongs to (DINDPOOL_SESSION)",
+                    _ => "use its full id",
+                }
             )))),
         }
+    }
+
+    /// The daemon that the session lost, if it has not been told yet.
+    fn tell_lost(&mut self, key: &SessionKey) -> Option<DaemonId> {
+        self.sessions.get_mut(key)?.lost.take()
     }
 
     /// Where an image or the objects beside a new container are. The first that limits wins; the next ones
@@ -97,6 +113,8 @@ impl Engine {
             let daemons = self.objects.resolve(o.kind, &o.reference, &acquire.tenant);
             match &own {
                 Some(own) if daemons.contains(own) => Some(vec![own.clone()]),
+                // A volume that is not there is made, so a stranger's of that name must not draw it away.
+                Some(_) if o.kind == Kind::Volume => None,
                 _ if daemons.len() == 1 => Some(daemons),
                 _ => None,
             }
@@ -129,13 +147,16 @@ impl Engine {
         if let Some(own) = own.filter(|own| daemons.contains(own)) {
             return self.at_home(acquire, own);
         }
+        let there = || daemons.iter().filter_map(|id| self.daemons.get(id));
+        let api = acquire.requirements.api;
         let chosen = balancer::least_wait(
-            self.daemons.values().filter(|d| daemons.contains(&d.id) && d.takes_sessions()),
+            there().filter(|d| d.takes_sessions() && d.serves(api)),
+            |_| false,
             &mut self.random,
         )
         .cloned()
         // What exists on one daemon only is asked for there, also while it takes no new sessions.
-        .or_else(|| daemons.iter().find(|d| self.daemons.contains_key(*d)).cloned());
+        .or_else(|| there().next().map(|d| d.id.clone()));
         let Some(chosen) = chosen else { return self.place_freely(acquire, &[]) };
         let binds = matches!(acquire.class, Class::Work(_) | Class::Join)
             && self.sessions.get(&acquire.key).is_none_or(|s| s.movable());
@@ -144,38 +165,34 @@ impl Engine {
 
     /// Any daemon will do; `better` ones at equal load.
     fn place_freely(&mut self, acquire: &Acquire, better: &[DaemonId]) -> Placement {
+        let requirements = &acquire.requirements;
         if let Some(own) = self.home_of(acquire) {
-            return self.at_home(acquire, own);
+            let well = self.daemons.get(&own).is_some_and(|d| d.health == Health::Healthy);
+            if well || acquire.class != Class::Any {
+                return self.at_home(acquire, own);
+            }
         }
+        let api = requirements.api;
+        let serves = |d: &&Daemon| d.takes_sessions() && d.serves(api);
+        let arch = requirements.arch.as_deref();
+        let native = |d: &Daemon| d.facts.as_ref().is_some_and(|f| Some(f.arch.as_str()) == arch);
+        let narrowed = arch.is_some() && self.daemons.values().any(|d| serves(&d) && native(d));
+        let able = |d: &&Daemon| serves(d) && (!narrowed || native(d));
         let binds = matches!(acquire.class, Class::Work(_) | Class::Join);
-        if let Some(former) = self.former(acquire) {
-            return if binds { Placement::Bind(former) } else { Placement::Route(former) };
+        if let Some(former) = self.former(acquire).filter(able) {
+            let former = former.id.clone();
+            return if binds { Placement::Bind(former) } else { Placement::Any(former) };
         }
-        let api = acquire.requirements.api;
-        let serves = |d: &&Daemon| {
-            d.takes_sessions()
-                && d.facts.as_ref().is_none_or(|f| api.is_none_or(|v| f.api_min <= v && v <= f.api_max))
-        };
-        let arch = acquire.requirements.arch.as_deref();
-        let fits = |d: &&Daemon| serves(d) && d.facts.as_ref().is_some_and(|f| Some(f.arch.as_str()) == arch);
-        let narrowed = arch.is_some() && self.daemons.values().any(|d| fits(&d));
-        let able = |d: &&Daemon| if narrowed { fits(d) } else { serves(d) };
+        let able = self.daemons.values().filter(able);
         let chosen = if binds {
-            let pick = balancer::least_wait(self.daemons.values().filter(able), &mut self.random);
-            let load = |d: &Daemon| f64::from(d.used) / f64::from(d.slots.max(1));
-            let least = pick.and_then(|id| self.daemons.get(id)).map(load);
-            let warm = self
-                .daemons
-                .values()
-                .filter(able)
-                .filter(|d| better.contains(&d.id) && least.is_some_and(|least| load(d) <= least));
-            balancer::least_wait(warm, &mut self.random).or(pick)
+            let better: BTreeSet<&DaemonId> = better.iter().collect();
+            balancer::least_wait(able, |d| better.contains(&d.id), &mut self.random)
         } else {
-            balancer::rendezvous(self.daemons.values().filter(able), acquire.key.as_str())
+            balancer::rendezvous(able, acquire.key.as_str())
         };
         match chosen {
             Some(daemon) if binds => Placement::Bind(daemon.clone()),
-            Some(daemon) => Placement::Route(daemon.clone()),
+            Some(daemon) => Placement::Any(daemon.clone()),
             None => Placement::Refuse(self.why_nobody(api)),
         }
     }
@@ -185,7 +202,8 @@ impl Engine {
     fn at_home(&self, acquire: &Acquire, own: DaemonId) -> Placement {
         match acquire.class {
             Class::Work(_) | Class::Join => Placement::Bind(own),
-            _ => Placement::Route(own),
+            Class::Any => Placement::Any(own),
+            Class::Follow | Class::Read => Placement::Route(own),
         }
     }
 
@@ -199,11 +217,10 @@ impl Engine {
         self.home(sibling).cloned()
     }
 
-    /// The daemon that the session was bound to last, while it would be taken anyway.
-    fn former(&self, acquire: &Acquire) -> Option<DaemonId> {
+    /// The daemon that the session was bound to last, while it has a free slot.
+    fn former(&self, acquire: &Acquire) -> Option<&Daemon> {
         let home = self.sessions.get(&acquire.key)?.home.as_ref()?;
-        let daemon = self.daemons.get(&home.daemon)?;
-        (daemon.takes_sessions() && daemon.used < daemon.slots).then(|| daemon.id.clone())
+        self.daemons.get(&home.daemon).filter(|d| d.used < d.slots)
     }
 
     /// The sentence that says what was tried.
@@ -228,17 +245,17 @@ impl Engine {
             .values()
             .take(8)
             .map(|d| {
-                let what = match (d.state, d.health, d.misfit) {
+                let what = match (d.state, d.health, d.misfit.is_some()) {
                     (State::Starting, _, _) => "starting",
                     (State::Draining, _, _) => "draining",
                     (_, Health::Ejected, _) => "ejected",
                     (_, _, true) => "refused",
                     _ => "ready",
                 };
-                if d.reason.is_empty() {
+                if d.why().is_empty() {
                     format!("{} {what}", d.id)
                 } else {
-                    format!("{} {what} ({})", d.id, d.reason)
+                    format!("{} {what} ({})", d.id, d.why())
                 }
             })
             .collect();
@@ -247,6 +264,12 @@ impl Engine {
         }
         Refusal::NoDaemon(format!("no healthy daemon in the pool: {}", tried.join(", ")))
     }
+}
+
+fn lost_session(daemon: &DaemonId, what: &str) -> Placement {
+    Placement::Refuse(Refusal::SessionLost(format!(
+        "session lost: its daemon {daemon} has gone, and {what} with it"
+    )))
 }
 
 fn names(daemons: &[DaemonId]) -> String {

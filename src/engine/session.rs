@@ -13,6 +13,8 @@ pub struct Home {
     pub lease: Option<LeaseId>,
     /// Since when.
     pub since: Time,
+    /// Whether anything of the lease has reached the daemon. Until then the session may be tried elsewhere.
+    pub(super) proven: bool,
 }
 
 /// Something of a session's that exists on its home only.
@@ -28,8 +30,10 @@ pub(super) enum Owned {
 pub struct Session {
     /// Who it belongs to.
     pub tenant: Tenant,
-    /// The key of its source when its own is explicit.
+    /// The key of its source when its own is explicit; the latest one, if it comes from several.
     pub source: Option<SessionKey>,
+    /// The keys under which its lease is found by its client's other connections.
+    pub(super) groups: BTreeSet<SessionKey>,
     /// Its binding.
     pub home: Option<Home>,
     /// The daemon that it lost, until it starts work again.
@@ -49,17 +53,18 @@ pub struct Session {
     pub slots: u32,
     /// Until when it keeps its last slot without work.
     pub(super) linger: Option<Time>,
-    /// Since when nothing of it is open.
-    pub(super) idle: Time,
+    /// Since when nothing of it is open and nothing runs; `None` while something does.
+    pub(super) idle: Option<Time>,
     /// When the engine looks at it again.
     pub(super) timer: Option<Time>,
 }
 
 impl Session {
-    pub(super) fn new(tenant: Tenant, source: Option<SessionKey>, now: Time) -> Self {
+    pub(super) fn new(tenant: Tenant, now: Time) -> Self {
         Session {
             tenant,
-            source,
+            source: None,
+            groups: BTreeSet::new(),
             home: None,
             lost: None,
             open: 0,
@@ -70,7 +75,7 @@ impl Session {
             owned: BTreeSet::new(),
             slots: 0,
             linger: None,
-            idle: now,
+            idle: Some(now),
             timer: None,
         }
     }

@@ -1,6 +1,6 @@
 //! Which API versions a pool of different daemons can promise (design, decision 11).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::model::{ApiVersion, DaemonId};
 
@@ -12,17 +12,18 @@ pub(super) struct Range {
     /// The lowest maximum of the daemons that fit.
     pub max: ApiVersion,
     /// Daemons whose range does not meet the others'.
-    pub misfits: Vec<DaemonId>,
+    pub misfits: BTreeSet<DaemonId>,
 }
 
 /// The range that most daemons share; on a tie the newer one. `None` without daemons.
 ///
 /// Intervals have a common point exactly when the highest minimum does not exceed the lowest maximum, and some
-/// interval's minimum is such a point, so only minima need to be tried.
+/// interval's minimum is such a point, so only minima need to be tried: as many as there are kinds of daemon.
 pub(super) fn common(daemons: &BTreeMap<DaemonId, (ApiVersion, ApiVersion)>) -> Option<Range> {
     let fits =
         |point: ApiVersion| daemons.values().filter(|(min, max)| (*min..=*max).contains(&point)).count();
-    let point = daemons.values().map(|(min, _)| *min).max_by_key(|point| (fits(*point), *point))?;
+    let minima: BTreeSet<ApiVersion> = daemons.values().map(|(min, _)| *min).collect();
+    let point = minima.into_iter().max_by_key(|point| (fits(*point), *point))?;
     let inside = || daemons.values().filter(|(min, max)| (*min..=*max).contains(&point));
     Some(Range {
         min: inside().map(|(min, _)| *min).max()?,
@@ -47,13 +48,13 @@ mod tests {
     fn a_mixed_pool_promises_what_all_serve() {
         let range =
             common(&pool(&[("20", 12, 41), ("26", 24, 45), ("28", 24, 51), ("29.7", 40, 55)])).unwrap();
-        assert_eq!((range.min, range.max, range.misfits), ((1, 40), (1, 41), vec![]));
+        assert_eq!((range.min, range.max, range.misfits), ((1, 40), (1, 41), BTreeSet::new()));
     }
 
     #[test]
     fn a_daemon_that_meets_nobody_is_refused() {
         let range = common(&pool(&[("20", 12, 41), ("28", 24, 51), ("29.0", 44, 52)])).unwrap();
-        assert_eq!((range.min, range.max, range.misfits), ((1, 44), (1, 51), vec![DaemonId::from("20")]));
+        assert_eq!((range.min, range.max, range.misfits), ((1, 44), (1, 51), [DaemonId::from("20")].into()));
     }
 
     #[test]

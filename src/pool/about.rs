@@ -8,6 +8,9 @@ use serde_json::Value;
 use crate::engine::images::normalise;
 use crate::engine::model::{ApiVersion, Fact, Facts, Inventory, Kind, ListedContainer, ListedImage, Written};
 
+/// The label that compose puts on everything it makes.
+pub const PROJECT: &str = "com.docker.compose.project";
+
 /// The parts of `/info` that are used.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
@@ -83,6 +86,15 @@ pub fn facts(info: &Info, version: &Value) -> Facts {
 /// The four lists as one inventory.
 pub fn inventory(containers: &Value, networks: &Value, volumes: &Value, images: &Value) -> Inventory {
     let built_in = |name: &str| matches!(name, "bridge" | "host" | "none");
+    let projects = |list: &Value, kind: Kind, id: &str| -> Vec<(Kind, String, String)> {
+        array(list)
+            .iter()
+            .filter_map(|o| {
+                let project = o["Labels"][PROJECT].as_str()?;
+                Some((kind, o[id].as_str()?.to_string(), project.to_string()))
+            })
+            .collect()
+    };
     Inventory {
         containers: array(containers)
             .iter()
@@ -110,6 +122,12 @@ pub fn inventory(containers: &Value, networks: &Value, volumes: &Value, images: 
             .filter_map(|v| v["Name"].as_str().map(str::to_string))
             .collect(),
         images: listed_images(images),
+        projects: [
+            projects(containers, Kind::Container, "Id"),
+            projects(networks, Kind::Network, "Id"),
+            projects(&volumes["Volumes"], Kind::Volume, "Name"),
+        ]
+        .concat(),
     }
 }
 
@@ -166,6 +184,9 @@ struct Attributes {
     name: Option<String>,
     #[serde(rename = "execID")]
     exec: Option<String>,
+    /// A container's labels are among its events' attributes.
+    #[serde(rename = "com.docker.compose.project")]
+    project: Option<String>,
 }
 
 /// What an event tells.
@@ -179,6 +200,13 @@ pub enum Told {
 }
 
 impl DaemonEvent {
+    /// The compose project of the container that it is about.
+    pub fn project(&self) -> Option<Fact> {
+        let project = self.actor.attributes.project.clone()?;
+        let (kind, id) = (Kind::Container, self.actor.id.clone());
+        (self.kind == "container" && self.action == "create").then_some(Fact::Labelled { kind, id, project })
+    }
+
     /// What it tells; `None` for the many that change nothing here (attach, resize, health checks, builder …).
     pub fn told(self) -> Option<Told> {
         let id = self.actor.id;

@@ -255,7 +255,7 @@ impl Pool {
                         .map(|m| m.handle.endpoint.to_string())
                         .unwrap_or_default(),
                     state: d.state,
-                    health: if d.misfit { Health::Ejected } else { d.health },
+                    health: if d.misfit.is_some() { Health::Ejected } else { d.health },
                     reason: d.reason.clone(),
                     version: d.facts.as_ref().map(|f| f.version.clone()).unwrap_or_default(),
                     slots: d.slots,

@@ -160,13 +160,15 @@ async fn follow(pool: &Arc<Pool>, handle: &Handle, mut events: Incoming, identit
 fn take_lines(pool: &Pool, handle: &Handle, lines: &mut Vec<u8>) {
     while let Some(end) = lines.iter().position(|b| *b == b'\n') {
         let line: Vec<u8> = lines.drain(..=end).collect();
-        match serde_json::from_slice::<DaemonEvent>(&line).ok().and_then(DaemonEvent::told) {
-            Some(Told::Fact(fact)) => {
-                pool.event(Event::Learned { daemon: handle.id.clone(), open: None, fact });
-            }
+        let Ok(event) = serde_json::from_slice::<DaemonEvent>(&line) else { continue };
+        let project = event.project();
+        let learn = |fact| pool.event(Event::Learned { daemon: handle.id.clone(), open: None, fact });
+        match event.told() {
+            Some(Told::Fact(fact)) => learn(fact),
             Some(Told::ImagesChanged) => handle.relist.notify_one(),
             None => {}
         }
+        project.into_iter().for_each(learn);
     }
 }
 

@@ -5,6 +5,7 @@ use serde_json::{Map, Value};
 
 use crate::engine::images::normalise;
 use crate::engine::model::{Kind, ObjectRef};
+use crate::pool::about::PROJECT;
 
 /// What matters of a `containers/create` body.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -13,6 +14,8 @@ pub struct ContainerBody {
     pub image: Option<String>,
     /// Containers whose network, volumes or names it uses; its networks; its named volumes.
     pub beside: Vec<ObjectRef>,
+    /// The compose project in its labels.
+    pub project: Option<String>,
 }
 
 /// Reads a `containers/create` body; what it does not understand it leaves to the daemon.
@@ -60,13 +63,18 @@ pub fn container(body: &[u8]) -> ContainerBody {
             add(Kind::Volume, get(mount, "Source").and_then(Value::as_str).unwrap_or_default());
         }
     }
-    ContainerBody { image, beside }
+    ContainerBody { image, beside, project: project(&body) }
 }
 
-/// The `Name` in a `networks/create` body.
-pub fn network_name(body: &[u8]) -> Option<String> {
-    let Ok(Value::Object(body)) = serde_json::from_slice(body) else { return None };
-    get(&body, "Name").and_then(Value::as_str).map(str::to_string)
+/// The `Name` in a `networks/create` body, and its compose project.
+pub fn network(body: &[u8]) -> (Option<String>, Option<String>) {
+    let Ok(Value::Object(body)) = serde_json::from_slice(body) else { return (None, None) };
+    let name = get(&body, "Name").and_then(Value::as_str).map(str::to_string);
+    (name, project(&body))
+}
+
+fn project(body: &Map<String, Value>) -> Option<String> {
+    get(body, "Labels")?.get(PROJECT)?.as_str().map(str::to_string)
 }
 
 /// Networks that every daemon has, and modes that are no network.

@@ -4,9 +4,11 @@
 use std::borrow::Cow;
 
 use percent_encoding::percent_decode_str;
+use serde_json::Value;
 
 use crate::engine::images::normalise;
 use crate::engine::model::{ApiVersion, Class, Kind, ObjectRef, Work};
+use crate::pool::about::PROJECT;
 
 /// Answered by the proxy itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -107,6 +109,23 @@ impl Route {
 
     fn image(mut self, reference: &str) -> Self {
         self.image = Some(normalise(&decode(reference)));
+        self
+    }
+
+    /// A list that asks for one compose project is about that project (`filters={"label":{"…project=app":true}}`,
+    /// or a list of labels, as older clients send it).
+    fn of_project(mut self, query: &str) -> Self {
+        let filters: Value = match parameter(query, "filters").map(|f| serde_json::from_str(&f)) {
+            Some(Ok(filters)) => filters,
+            _ => return self,
+        };
+        let labels: Vec<&str> = match &filters["label"] {
+            Value::Object(labels) => labels.keys().map(String::as_str).collect(),
+            Value::Array(labels) => labels.iter().filter_map(Value::as_str).collect(),
+            _ => return self,
+        };
+        let project = labels.iter().find_map(|l| l.strip_prefix(PROJECT)?.strip_prefix('='));
+        self.target = project.map(|p| ObjectRef { kind: Kind::Project, reference: p.to_string() });
         self
     }
 
@@ -218,8 +237,8 @@ fn route(method: &str, path: &str, query: &str) -> Route {
         (_, ["exec", id, action]) => exec(method, id, action),
         (_, ["images", rest @ ..]) => image(method, rest, query),
         ("GET", ["distribution", ..]) => Route::new("distribution", Any),
-        (_, ["networks", rest @ ..]) => network(method, rest),
-        (_, ["volumes", rest @ ..]) => volume(method, rest),
+        (_, ["networks", rest @ ..]) => network(method, rest, query),
+        (_, ["volumes", rest @ ..]) => volume(method, rest, query),
         ("GET", ["swarm" | "nodes" | "services" | "tasks" | "secrets" | "configs", ..]) => {
             Route::new("swarm", Read)
         }
@@ -243,7 +262,7 @@ fn container(method: &str, rest: &[&str], query: &str) -> Route {
             route.name = parameter(query, "name").map(|n| n.trim_start_matches('/').to_string());
             route
         }
-        ("GET", ["json"]) => Route::new("containers/list", Read),
+        ("GET", ["json"]) => Route::new("containers/list", Read).of_project(query),
         ("POST", ["prune"]) => Route::new("containers/prune", Follow),
         (_, [id]) => Route::new("containers/delete", Follow).on(Kind::Container, id),
         ("POST", [id, "attach"]) => Route::new("containers/attach", Follow).on(Kind::Container, id).hijack(),
@@ -335,10 +354,10 @@ fn image(method: &str, rest: &[&str], query: &str) -> Route {
     }
 }
 
-fn network(method: &str, rest: &[&str]) -> Route {
+fn network(method: &str, rest: &[&str], query: &str) -> Route {
     use Class::{Follow, Read};
     match (method, rest) {
-        ("GET", [] | [""]) => Route::new("networks/list", Read),
+        ("GET", [] | [""]) => Route::new("networks/list", Read).of_project(query),
         ("POST", ["create"]) => {
             let mut route = Route::new("networks/create", Class::Work(Work::Resource));
             route.learn = Some(Learn::Created(Kind::Network));
@@ -352,10 +371,10 @@ fn network(method: &str, rest: &[&str]) -> Route {
     }
 }
 
-fn volume(method: &str, rest: &[&str]) -> Route {
+fn volume(method: &str, rest: &[&str], query: &str) -> Route {
     use Class::{Follow, Read};
     match (method, rest) {
-        ("GET", [] | [""]) => Route::new("volumes/list", Read),
+        ("GET", [] | [""]) => Route::new("volumes/list", Read).of_project(query),
         ("POST", ["create"]) => {
             Route::new("volumes/create", Class::Work(Work::Resource)).learn(Learn::Volume)
         }
@@ -463,6 +482,22 @@ mod tests {
         assert_eq!(target("DELETE", "/networks/n"), Some((Kind::Network, "n".into())));
         assert_eq!(target("PUT", "/volumes/v"), Some((Kind::Volume, "v".into())));
         assert_eq!(target("POST", "/build?session=u1"), Some((Kind::BuildSession, "u1".into())));
+    }
+
+    #[test]
+    fn a_list_of_a_compose_project_is_about_the_project() {
+        for filters in [
+            r#"{"label":{"com.docker.compose.project=app":true,"x":true}}"#,
+            r#"{"label":["com.docker.compose.project=app"]}"#,
+        ] {
+            let filters = percent_encoding::utf8_percent_encode(filters, percent_encoding::NON_ALPHANUMERIC);
+            for list in ["/containers/json", "/networks", "/volumes"] {
+                let route = of("GET", &format!("/v1.44{list}?all=1&filters={filters}"));
+                let target = route.target.unwrap();
+                assert_eq!((target.kind, target.reference.as_str()), (Kind::Project, "app"));
+            }
+        }
+        assert_eq!(of("GET", "/containers/json?filters=%7B%7D").target, None);
     }
 
     #[test]

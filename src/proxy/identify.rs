@@ -41,6 +41,8 @@ pub struct Identity {
     pub source: Option<SessionKey>,
     /// Who it belongs to.
     pub tenant: Tenant,
+    /// A person's shell on this machine, and no job that a CI system or anybody else named.
+    pub interactive: bool,
 }
 
 /// The identity of a request. `header` is the value of [`HEADER`], if it was sent.
@@ -60,7 +62,8 @@ pub fn identify(
     let own = source_key(&tenant, source);
     if let Some(session) = &listener.session {
         // Every connection of a dedicated listener is keyed: nothing needs to be kept together by its source.
-        return Ok(Identity { key: key(&tenant, "listener", session), source: None, tenant });
+        let key = key(&tenant, "listener", session);
+        return Ok(Identity { key, source: None, tenant, interactive: false });
     }
     let header = match header {
         Some(value) => Some(std::str::from_utf8(value).map_err(|_| bad("X-Dindpool-Session"))?),
@@ -72,8 +75,17 @@ pub fn identify(
         (None, None) => None,
     };
     Ok(match explicit {
-        Some(name) => Identity { key: key(&tenant, "name", name), source: Some(own), tenant },
-        None => Identity { key: own, source: None, tenant },
+        Some(name) => {
+            Identity { key: key(&tenant, "name", name), source: Some(own), tenant, interactive: false }
+        }
+        None => {
+            let interactive = match source {
+                Source::Process(process) => process.starts_with("posix:"),
+                Source::User(_) => true,
+                Source::Ip(_) => false,
+            };
+            Identity { key: own, source: None, tenant, interactive }
+        }
     })
 }
 
@@ -165,6 +177,18 @@ mod tests {
     fn an_explicit_session_remembers_its_source_and_a_dedicated_one_need_not() {
         let identity = identify(&listener(), &ip(), &Prefix::default(), Some(b"job-1")).unwrap();
         assert_eq!(identity.source.unwrap().as_str(), "ip:10.0.0.7");
+    }
+
+    #[test]
+    fn only_a_shell_that_nobody_named_is_interactive() {
+        let of = |source: &Source, header: Option<&[u8]>| {
+            identify(&listener(), source, &Prefix::default(), header).unwrap().interactive
+        };
+        let shell = Source::Process("posix:8@9".into());
+        assert!(of(&shell, None));
+        assert!(!of(&shell, Some(b"job")));
+        assert!(!of(&Source::Process("job:CI_JOB_ID=1".into()), None));
+        assert!(!of(&ip(), None));
     }
 
     #[test]

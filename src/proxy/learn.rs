@@ -18,16 +18,25 @@ const MAX_BODY: usize = 64 << 10;
 pub struct Watcher<'a> {
     lease: &'a Lease,
     learn: Option<&'a Learn>,
-    name: Option<&'a str>,
+    named: &'a Named,
     json_stream: bool,
     body: Vec<u8>,
 }
 
+/// What a create request itself says about the object that comes of it.
+#[derive(Debug, Default)]
+pub struct Named {
+    /// Its name.
+    pub name: Option<String>,
+    /// Its compose project.
+    pub project: Option<String>,
+}
+
 impl<'a> Watcher<'a> {
-    /// `name` is what the request calls the new object; `json_stream` says that the CLI prints an error that is
+    /// `named` is what the request calls the new object; `json_stream` says that the CLI prints an error that is
     /// put into the response.
-    pub fn new(lease: &'a Lease, learn: Option<&'a Learn>, name: Option<&'a str>, json_stream: bool) -> Self {
-        Watcher { lease, learn, name, json_stream, body: Vec::new() }
+    pub fn new(lease: &'a Lease, learn: Option<&'a Learn>, named: &'a Named, json_stream: bool) -> Self {
+        Watcher { lease, learn, named, json_stream, body: Vec::new() }
     }
 
     fn read(&mut self, learn: &Learn) -> Option<Fact> {
@@ -36,7 +45,7 @@ impl<'a> Watcher<'a> {
             Learn::Created(kind) => Some(Fact::Created {
                 kind: *kind,
                 id: answer["Id"].as_str()?.to_string(),
-                name: self.name.map(str::to_string),
+                name: self.named.name.clone(),
             }),
             Learn::Volume => {
                 let name = answer["Name"].as_str()?.to_string();
@@ -76,7 +85,13 @@ impl Observer for Watcher<'_> {
         }
         self.body.extend_from_slice(payload);
         if let Some(fact) = self.read(learn) {
-            self.lease.learn(fact);
+            if let (Fact::Created { kind, id, .. }, Some(project)) = (&fact, &self.named.project) {
+                let labelled = Fact::Labelled { kind: *kind, id: id.clone(), project: project.clone() };
+                self.lease.learn(fact);
+                self.lease.learn(labelled);
+            } else {
+                self.lease.learn(fact);
+            }
             self.learn = None;
             self.body = Vec::new();
         }

@@ -28,7 +28,7 @@ use std::time::Instant;
 
 use self::classify::{Local, Peek, Prefix, Route, classify};
 use self::identify::{HEADER, Identity, ListenerIdentity, Source, identify};
-use self::learn::Watcher;
+use self::learn::{Named, Watcher};
 use self::peer::Peers;
 use self::relay::h2::PREFACE;
 use self::relay::{
@@ -37,7 +37,7 @@ use self::relay::{
 };
 use self::solve::SolveTap;
 use crate::drain::Drain;
-use crate::engine::model::{Class, DaemonId, Outcome, Requirements, Work};
+use crate::engine::model::{Class, DaemonId, Kind as ObjectKind, Outcome, Requirements, Work};
 use crate::error::{Error, Kind};
 use crate::metrics::Metrics;
 use crate::pool::{Lease, Pool, Want};
@@ -170,7 +170,7 @@ impl Connection {
             Box::pin(self.grpc(&head, &route, identity)).await;
             return Next::Close;
         }
-        let (want, name) = match Box::pin(self.want(&head, &route, identity)).await {
+        let (want, named) = match Box::pin(self.want(&head, &route, identity)).await {
             Ok(want) => want,
             Err(error) => return self.refuse(&error, head_only).await,
         };
@@ -182,7 +182,7 @@ impl Connection {
             }
         };
         self.proxy.metrics.added.observe(started.elapsed().as_secs_f64());
-        Box::pin(self.relay(head, route, want, name, lease, daemon, started)).await
+        Box::pin(self.relay(head, route, want, named, lease, daemon, started)).await
     }
 
     /// Relays one request and its response, and the tunnel that it may become.
@@ -192,7 +192,7 @@ impl Connection {
         head: RequestHead,
         route: Route,
         want: Want,
-        name: Option<String>,
+        named: Named,
         lease: Lease,
         mut daemon: Side,
         started: Instant,
@@ -201,7 +201,7 @@ impl Connection {
         let options = Options { hijack: route.hijack };
         let open = self.proxy.metrics.streams.with_label_values(&["exchange"]);
         open.inc();
-        let mut watcher = Watcher::new(&lease, route.learn.as_ref(), name.as_deref(), route.json_stream);
+        let mut watcher = Watcher::new(&lease, route.learn.as_ref(), &named, route.json_stream);
         let result = exchange(&mut self.client, &mut daemon, &head, options, &mut watcher).await;
         drop(watcher);
         open.dec();
@@ -370,14 +370,14 @@ impl Connection {
         head: &RequestHead,
         route: &Route,
         identity: Identity,
-    ) -> Result<(Want, Option<String>), Error> {
+    ) -> Result<(Want, Named), Error> {
         let mut requirements = Requirements {
             api: route.api,
             arch: route.arch.clone(),
             image: route.image.clone(),
             beside: Vec::new(),
         };
-        let mut name = route.name.clone();
+        let mut named = Named { name: route.name.clone(), project: None };
         if let Some(peek) = route.peek {
             let body = self.peek_body(head).await?;
             match peek {
@@ -385,20 +385,24 @@ impl Connection {
                     let read = body::container(&body);
                     requirements.image = read.image;
                     requirements.beside = read.beside;
+                    named.project = read.project;
                 }
-                Peek::Network => name = body::network_name(&body),
+                Peek::Network => (named.name, named.project) = body::network(&body),
             }
         }
+        // Terminals of one machine see each other's compose projects: `up` in one, `down` in the other. Two CI
+        // jobs with the same project name must not.
+        let target = route.target.clone().filter(|t| t.kind != ObjectKind::Project || identity.interactive);
         let want = Want {
             key: identity.key,
             tenant: identity.tenant,
             source: identity.source,
             inside: self.inside(),
             class: route.class,
-            target: route.target.clone(),
+            target,
             requirements,
         };
-        Ok((want, name))
+        Ok((want, named))
     }
 
     /// The request's body without consuming it, as far as its framing tells. A body of unknown or great length

@@ -1,0 +1,136 @@
+//! The pool's members: who is there, how well, and what goes with a daemon that goes.
+
+use std::collections::BTreeSet;
+
+use super::daemon::Builders;
+use super::model::*;
+use super::{Daemon, Engine, Unit, versions};
+
+impl Engine {
+    pub(super) fn probed(&mut self, daemon: &DaemonId, probe: Probe) {
+        let Some(d) = self.daemons.get_mut(daemon) else { return };
+        let (before, range) = (d.standing(), d.api_range());
+        d.probed(probe, &self.config);
+        if d.standing() != before {
+            self.effects.push(changed(d));
+        }
+        if d.api_range() != range {
+            self.agree_on_versions();
+        }
+    }
+
+    /// Recomputes the API range after a probe or a change of the pool, and refuses the daemons outside it.
+    fn agree_on_versions(&mut self) {
+        let ranges =
+            self.daemons.values().filter_map(|d| d.api_range().map(|range| (d.id.clone(), range))).collect();
+        // Without daemons the last known range stays: clients negotiate before the first one is there.
+        let Some(range) = versions::common(&ranges) else { return };
+        self.range = Some((range.min, range.max));
+        for d in self.daemons.values_mut() {
+            let misfit = range.misfits.contains(&d.id);
+            if misfit != d.misfit.is_some() {
+                d.misfit = misfit.then(|| {
+                    let text = |(major, minor): ApiVersion| format!("{major}.{minor}");
+                    let (own_min, own_max) = d.api_range().unwrap_or_default();
+                    format!(
+                        "its API versions {} to {} do not meet the pool's {} to {}",
+                        text(own_min),
+                        text(own_max),
+                        text(range.min),
+                        text(range.max)
+                    )
+                });
+                self.effects.push(changed(d));
+            }
+        }
+    }
+
+    pub(super) fn observed(&mut self, observed: Vec<Observed>, now: Time) {
+        let there: BTreeSet<DaemonId> = observed.iter().map(|o| o.id.clone()).collect();
+        let gone: Vec<DaemonId> = self.daemons.keys().filter(|id| !there.contains(*id)).cloned().collect();
+        for id in gone {
+            self.lose(&id, now);
+            self.daemons.remove(&id);
+            self.effects.push(Effect::DaemonChanged {
+                daemon: id,
+                state: State::Gone,
+                health: Health::Ejected,
+                reason: "it is no longer part of the pool".into(),
+            });
+        }
+        for o in observed {
+            let d = self.daemons.entry(o.id.clone()).or_insert_with(|| Daemon::new(o.id.clone(), o.slots));
+            let before = d.standing();
+            d.drain(o.draining);
+            d.fix_slots(o.slots);
+            if let Some(pending) = o.pending
+                && d.state == State::Starting
+            {
+                d.reason = pending;
+            }
+            if d.standing() != before {
+                self.effects.push(changed(d));
+            }
+        }
+        self.agree_on_versions();
+    }
+
+    pub(super) fn replaced(&mut self, daemon: &DaemonId, now: Time) {
+        self.lose(daemon, now);
+    }
+
+    /// Everything on a daemon is lost: its sessions, their containers and images.
+    fn lose(&mut self, daemon: &DaemonId, now: Time) {
+        self.objects.lose(daemon);
+        self.images.forget(daemon);
+        // Streams to it break by themselves and are released; they are no longer anybody's work.
+        if let Some(d) = self.daemons.get_mut(daemon) {
+            d.builders = Builders::default();
+        }
+        for open in self.opens.values_mut().filter(|o| o.daemon == *daemon) {
+            open.builds = false;
+            let unit = std::mem::replace(&mut open.unit, Unit::None);
+            if let Some(session) = self.sessions.get_mut(&open.key) {
+                session.builds -= u32::from(unit == Unit::Build);
+                session.others -= u32::from(unit == Unit::Other);
+            }
+        }
+        let hit: Vec<SessionKey> = self
+            .sessions
+            .iter()
+            .filter(|(_, s)| {
+                s.home.as_ref().is_some_and(|h| h.daemon == *daemon) || s.foreign.contains_key(daemon)
+            })
+            .map(|(key, _)| key.clone())
+            .collect();
+        for key in hit {
+            let Some(session) = self.sessions.get_mut(&key) else { continue };
+            if session.foreign.remove(daemon).is_some()
+                && let Some(d) = self.daemons.get_mut(daemon)
+            {
+                d.used -= 1;
+            }
+            if session.home.as_ref().is_some_and(|h| h.daemon == *daemon) {
+                session.live.clear();
+                if session.bound_to().is_some() {
+                    session.lost = Some(daemon.clone());
+                }
+                session.owned.clear();
+                self.end_lease(&key, now, true);
+                if let Some(session) = self.sessions.get_mut(&key) {
+                    session.home = None;
+                }
+            }
+            self.settle(&key, now);
+        }
+    }
+}
+
+fn changed(daemon: &Daemon) -> Effect {
+    Effect::DaemonChanged {
+        daemon: daemon.id.clone(),
+        state: daemon.state,
+        health: if daemon.misfit.is_some() { Health::Ejected } else { daemon.health },
+        reason: daemon.why().to_string(),
+    }
+}
