@@ -70,16 +70,37 @@ fn foreground(lab: &Lab) {
     t.ok("docker compose down -v");
 }
 
-/// Runs alone, as the other rules about two terminals.
+/// Runs alone, as the other rules about two terminals. The names of a project resolve on the session's own daemon
+/// first, so each terminal works before it asks: it builds.
 pub fn one_name_twice(lab: &Lab) {
-    lab.pool.wait_no_sessions(secs(60));
+    lab.quiet();
     let name = format!("p{}", unique());
     let terminals: Vec<_> = (0..2).map(|_| project(lab).0).collect();
-    terminals.iter().enumerate().for_each(|(n, t)| configure(t, &name, &format!("web{n}")));
-    let ups: Vec<_> = terminals.iter().map(|t| t.start("docker compose up -d --build --wait web")).collect();
+    for (n, t) in terminals.iter().enumerate() {
+        configure(t, &name, &format!("web{n}"));
+        t.ok("docker compose build");
+    }
+    let ups: Vec<_> = terminals.iter().map(|t| t.start("docker compose up -d --wait web")).collect();
     ups.iter().for_each(|up| drop(up.wait_ok(secs(120))));
     for (n, t) in terminals.iter().enumerate() {
         assert_eq!(t.ok("docker compose exec -T web cat /www/index.html"), format!("web{n}\n"));
     }
     terminals.iter().for_each(|t| drop(t.ok("docker compose down -v")));
+}
+
+/// Runs alone: what went up in one terminal goes down in another.
+pub fn from_another_terminal(lab: &Lab) {
+    lab.quiet();
+    let (first, name) = project(lab);
+    first.ok("docker compose up -d --build --wait web");
+    let second = lab.terminal(client::BUILDX_29);
+    second.write("compose.yaml", PROJECT.replace("WEB", "web"));
+    second.write(".env", format!("COMPOSE_PROJECT_NAME={name}\n"));
+    assert_eq!(second.ok("docker compose ps --services --status running"), "web\n");
+    assert_eq!(second.ok("docker compose exec -T web cat /www/index.html"), "web\n");
+    second.ok("docker compose down -v");
+    for daemon in lab.pool.daemons() {
+        assert!(!daemon.has_container(&format!("{name}-web-1")), "{}: a container stayed", daemon.id);
+        assert!(!daemon.has_network(&format!("{name}_default")), "{}: a network stayed", daemon.id);
+    }
 }

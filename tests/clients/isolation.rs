@@ -4,7 +4,7 @@
 use super::common::client;
 use super::common::daemon::where_is;
 use super::common::scenarios::Scenarios;
-use super::common::{secs, unique};
+use super::common::unique;
 use super::{Lab, compose};
 
 /// Runs the scenarios one by one.
@@ -12,13 +12,16 @@ pub fn run(title: &str, lab: &Lab) {
     let mut all = Scenarios::new(title);
     all.add("the same container name in two terminals is two containers", || same_name(lab));
     all.add("one compose project name in two terminals is two projects", || compose::one_name_twice(lab));
+    all.add("a compose project goes down in another terminal than it went up in", || {
+        compose::from_another_terminal(lab)
+    });
     all.add("a second terminal reaches a container of the first by name and by id", || two_terminals(lab));
     all.add("DINDPOOL_SESSION makes one session of two terminals", || explicit(lab));
     all.run(1);
 }
 
 fn same_name(lab: &Lab) {
-    lab.pool.wait_no_sessions(secs(60));
+    lab.quiet();
     let name = format!("db{}", unique());
     let terminals: Vec<_> = (0..2).map(|_| lab.terminal_with_image(client::BUILDX_29)).collect();
     for (n, (t, image)) in terminals.iter().enumerate() {
@@ -48,7 +51,7 @@ fn two_terminals(lab: &Lab) {
 }
 
 fn explicit(lab: &Lab) {
-    lab.pool.wait_no_sessions(secs(60));
+    lab.quiet();
     let key = unique();
     let with_key =
         || client::Session::with(&lab.pool.host(), client::BUILDX_29).env("DINDPOOL_SESSION", &key).open();

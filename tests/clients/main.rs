@@ -60,6 +60,12 @@ impl Lab {
         Ok(Lab { pool, registry, _alone: alone })
     }
 
+    /// Removes what earlier scenarios left, and waits until every lease has gone: a pool as if it were new.
+    fn quiet(&self) {
+        self.pool.daemons().iter().for_each(common::daemon::Daemon::remove_containers);
+        self.pool.wait_no_sessions(common::secs(60));
+    }
+
     /// A terminal with this client.
     fn terminal(&self, flavour: Flavour) -> Session {
         Session::new(&self.pool.host(), flavour)

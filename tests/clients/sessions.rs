@@ -170,7 +170,7 @@ fn other_step(lab: &Lab) {
 }
 
 fn pulled_base(lab: &Lab) {
-    lab.pool.wait_no_sessions(secs(60));
+    lab.quiet();
     let (base, key) = (lab.registry.busybox(), unique());
     let terminals: Vec<Session> = (0..6).map(|_| lab.terminal(client::CLI_28)).collect();
     for (n, t) in terminals.iter().enumerate() {

@@ -27,6 +27,14 @@ impl Daemon {
         self.get("/containers/json?all=1").as_array().cloned().unwrap_or_default()
     }
 
+    /// Removes every container, running or not.
+    pub fn remove_containers(&self) {
+        for container in self.containers() {
+            let id = container["Id"].as_str().unwrap_or_default();
+            http::request(&self.addr, "DELETE", &format!("/containers/{id}?force=1&v=1"), None);
+        }
+    }
+
     /// Names of the containers that carry `key=value` as a label.
     pub fn labelled(&self, label: &str) -> Vec<String> {
         let all = self.containers();
