@@ -7,17 +7,47 @@ use super::common::scenarios::Scenarios;
 use super::common::unique;
 use super::{Lab, compose};
 
-/// Runs the scenarios one by one.
-pub fn run(title: &str, lab: &Lab) {
-    let mut all = Scenarios::new(title);
-    all.add("the same container name in two terminals is two containers", || same_name(lab));
-    all.add("one compose project name in two terminals is two projects", || compose::one_name_twice(lab));
-    all.add("a compose project goes down in another terminal than it went up in", || {
-        compose::from_another_terminal(lab)
+/// Adds the scenarios.
+pub fn add<'a>(all: &mut Scenarios<'a>, lab: &'a Lab) {
+    all.alone("the same container name in two terminals is two containers", || same_name(lab));
+    all.alone("one compose project name in two CI jobs is two projects", || compose::one_name_twice(lab));
+    all.alone("names that another CI job uses are free in this one", || other_job(lab));
+    all.alone("a compose project goes down in another terminal than it went up in", || {
+        compose::from_another_terminal(lab);
     });
-    all.add("a second terminal reaches a container of the first by name and by id", || two_terminals(lab));
-    all.add("DINDPOOL_SESSION makes one session of two terminals", || explicit(lab));
-    all.run(1);
+    all.alone("a second terminal reaches a container of the first by name and by id", || two_terminals(lab));
+    all.alone("DINDPOOL_SESSION makes one session of two terminals", || explicit(lab));
+}
+
+/// Jobs of a CI system come from one repository, so they use the same names, and begin by clearing them away.
+fn other_job(lab: &Lab) {
+    lab.quiet();
+    let name = format!("job{}", unique());
+    let script = format!(
+        "docker build -q --network none --build-arg MARK=$CI_JOB_ID -t {name} ctx || exit\n\
+         docker rm -f {name} 2>/dev/null\n\
+         docker network inspect {name} >/dev/null 2>&1 || docker network create {name} || exit\n\
+         docker run -d --name {name} --network {name} {name} sh -c 'cat /mark; sleep 600'"
+    );
+    let jobs: Vec<(client::Session, String)> = (0..2)
+        .map(|_| {
+            let id = unique();
+            let job = client::Session::with(&lab.pool.host(), client::BUILDX_29).env("CI_JOB_ID", &id).open();
+            job.context("ctx", super::build::APP);
+            job.ok(&script);
+            (job, id)
+        })
+        .collect();
+    for (job, id) in &jobs {
+        assert_eq!(job.ok(&format!("docker logs {name}")), format!("{id}\n"));
+        assert_eq!(
+            job.ok(&format!("docker ps -q --filter name={name} | wc -l")).trim(),
+            "1",
+            "its own still runs"
+        );
+    }
+    jobs.iter()
+        .for_each(|(job, _)| drop(job.ok(&format!("docker rm -f {name} && docker network rm {name}"))));
 }
 
 fn same_name(lab: &Lab) {

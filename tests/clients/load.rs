@@ -8,14 +8,14 @@ use super::common::scenarios::Scenarios;
 use super::common::{say, unique};
 use super::{Lab, build};
 
-/// Runs it for each builder.
-pub fn run(title: &str, lab: &Lab) {
-    let mut all = Scenarios::new(title);
-    all.add("6 sessions × 10 BuildKit builds and runs in parallel: 60 of 60", || {
+/// Adds it for each builder.
+pub fn add<'a>(all: &mut Scenarios<'a>, lab: &'a Lab) {
+    all.at_last("6 sessions × 10 BuildKit builds and runs in parallel: 60 of 60", || {
         load(lab, client::BUILDX_29)
     });
-    all.add("6 sessions × 10 classic builds and runs in parallel: 60 of 60", || load(lab, client::CLI_28));
-    all.run(1);
+    all.at_last("6 sessions × 10 classic builds and runs in parallel: 60 of 60", || {
+        load(lab, client::CLI_28)
+    });
 }
 
 fn load(lab: &Lab, flavour: Flavour) {

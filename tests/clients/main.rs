@@ -100,8 +100,8 @@ fn command_scenarios<'a>(all: &mut Scenarios<'a>, lab: &'a Lab, flavour: Flavour
 
 /// Oldest and newest clients, for the versions at the edges.
 fn oldest_and_newest(title: &str, lab: &Lab) {
-    isolation::run(title, lab);
     let mut all = Scenarios::new(title);
+    isolation::add(&mut all, lab);
     for flavour in [client::BUILDX_38, client::CLI_20, client::CLI_20_BUILDKIT] {
         build_scenarios(&mut all, lab, flavour);
     }
@@ -116,9 +116,9 @@ fn oldest_and_newest(title: &str, lab: &Lab) {
 #[test]
 fn every_client_works_on_three_daemons_of_28_5() {
     let lab = require!(Lab::start(&["28.5"]));
-    isolation::run("28.5", &lab);
-    sessions::run("28.5", &lab);
     let mut all = Scenarios::new("28.5");
+    isolation::add(&mut all, &lab);
+    sessions::add(&mut all, &lab);
     // First, because it takes its two minutes beside the others.
     all.add("logs -f to a reader that stops for two minutes goes on afterwards", || {
         run::stopped_reader(&lab)
@@ -138,8 +138,8 @@ fn every_client_works_on_three_daemons_of_28_5() {
     }
     compose::add(&mut all, &lab);
     sdk::add(&mut all, &lab);
+    load::add(&mut all, &lab);
     all.run(5);
-    load::run("28.5", &lab);
 }
 
 #[test]

@@ -8,16 +8,16 @@ use super::common::scenarios::Scenarios;
 use super::common::{robin, say, secs, unique};
 use super::{Lab, build};
 
-/// Runs the scenarios one by one.
-pub fn run(title: &str, lab: &Lab) {
-    let mut all = Scenarios::new(title);
-    all.add("nine terminals spread over the daemons and none is split", || terminals(lab));
-    all.add("clients with source addresses of their own spread and none is split", || source_addresses(lab));
-    all.add("after a gap longer than the grace, run and push still find the image", || gap(lab));
-    all.add("a step in another POSIX session finds an image by its reference", || other_step(lab));
-    all.add("a pulled base image does not draw everybody to one daemon", || pulled_base(lab));
-    all.add("round robin over the same daemons gives 0 of 6", || round_robin(lab));
-    all.run(1);
+/// Adds the scenarios.
+pub fn add<'a>(all: &mut Scenarios<'a>, lab: &'a Lab) {
+    all.alone("nine terminals spread over the daemons and none is split", || terminals(lab));
+    all.alone("clients with source addresses of their own spread and none is split", || {
+        source_addresses(lab)
+    });
+    all.alone("after a gap longer than the grace, run and push still find the image", || gap(lab));
+    all.alone("a step in another POSIX session finds an image by its reference", || other_step(lab));
+    all.alone("a pulled base image does not draw everybody to one daemon", || pulled_base(lab));
+    all.alone("round robin over the same daemons gives 0 of 6", || round_robin(lab));
 }
 
 /// Everything that one session does; all of it carries `key`.
@@ -50,13 +50,13 @@ fn home(pool: &Pool, key: &str) -> String {
         ("network", where_is(&daemons, |d| d.has_network(&format!("n-{key}")))),
         ("volume", where_is(&daemons, |d| d.has_volume(&format!("v-{key}")))),
         ("every container", where_is(&daemons, |d| !d.labelled(&format!("session={key}")).is_empty())),
-        (
-            "every event",
-            where_is(&daemons, |d| d.events().iter().any(|e| e["Actor"]["Attributes"]["session"] == key)),
-        ),
     ] {
         assert_eq!(holders, images, "{key}: split: its {what} and its image");
     }
+    // A daemon remembers its last 256 events only, so none is proof of nothing, but one elsewhere is.
+    let heard = where_is(&daemons, |d| d.events().iter().any(|e| e["Actor"]["Attributes"]["session"] == key));
+    assert!(heard.iter().all(|id| *id == images[0]), "{key}: something of it happened on {heard:?}");
+    assert!(daemons.iter().any(|d| !d.events().is_empty()), "no daemon remembers anything");
     images[0].clone()
 }
 
@@ -189,7 +189,8 @@ fn pulled_base(lab: &Lab) {
     spread("six users of one base image", &homes);
 }
 
-/// The control: if this passed, the rules above would prove nothing.
+/// The control: if this passed, the rules above would prove nothing. Some of the clients hang for ever, which is
+/// also a failure.
 fn round_robin(lab: &Lab) {
     let host = robin::start(&lab.pool.daemons()).url();
     let attempts: Vec<(Session, Flavour)> = [client::BUILDX_29, client::CLI_28]

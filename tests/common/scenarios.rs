@@ -13,38 +13,53 @@ type Scenario<'a> = (String, Box<dyn Fn() + Send + Sync + 'a>);
 /// A list of scenarios; a name reads as a rule.
 pub struct Scenarios<'a> {
     title: String,
+    first: Vec<Scenario<'a>>,
     list: Vec<Scenario<'a>>,
+    last: Vec<Scenario<'a>>,
 }
 
 impl<'a> Scenarios<'a> {
     /// An empty list for a pool.
     pub fn new(title: &str) -> Self {
-        Scenarios { title: title.into(), list: Vec::new() }
+        Scenarios { title: title.into(), first: Vec::new(), list: Vec::new(), last: Vec::new() }
     }
 
-    /// One more. `DINDPOOL_SCENARIO=WORD` leaves out those without the word.
+    /// One that may run beside others.
     pub fn add(&mut self, name: impl Into<String>, run: impl Fn() + Send + Sync + 'a) {
-        let name = name.into();
-        let wanted = std::env::var("DINDPOOL_SCENARIO").unwrap_or_default();
-        if name.contains(&wanted) || self.title.contains(&wanted) {
-            self.list.push((name, Box::new(run)));
-        }
+        self.list.extend(self.wanted(name.into(), run));
     }
 
-    /// Runs all of them, `threads` at a time, and fails with the names of those that failed.
+    /// One that runs alone, before the others.
+    pub fn alone(&mut self, name: impl Into<String>, run: impl Fn() + Send + Sync + 'a) {
+        self.first.extend(self.wanted(name.into(), run));
+    }
+
+    /// One that runs alone, after the others.
+    pub fn at_last(&mut self, name: impl Into<String>, run: impl Fn() + Send + Sync + 'a) {
+        self.last.extend(self.wanted(name.into(), run));
+    }
+
+    /// `DINDPOOL_SCENARIO=WORD` leaves out those without the word.
+    fn wanted(&self, name: String, run: impl Fn() + Send + Sync + 'a) -> Option<Scenario<'a>> {
+        let word = std::env::var("DINDPOOL_SCENARIO").unwrap_or_default();
+        (name.contains(&word) || self.title.contains(&word)).then(|| (name, Box::new(run) as _))
+    }
+
+    /// Runs all of them, those that may so `threads` at a time, and fails with the names of those that failed.
     #[track_caller]
     pub fn run(self, threads: usize) {
-        let failed = self.outcome(threads);
+        let groups = [(&self.first, 1), (&self.list, threads), (&self.last, 1)];
+        let failed: Vec<String> = groups.iter().flat_map(|(list, n)| self.outcome(list, *n)).collect();
         assert!(failed.is_empty(), "{} failed:\n{}", failed.len(), failed.join("\n"));
     }
 
-    fn outcome(&self, threads: usize) -> Vec<String> {
+    fn outcome(&self, list: &[Scenario<'a>], threads: usize) -> Vec<String> {
         let next = AtomicUsize::new(0);
         let failed = Mutex::new(Vec::new());
         std::thread::scope(|scope| {
-            for _ in 0..threads.min(self.list.len()) {
+            for _ in 0..threads.min(list.len()) {
                 scope.spawn(|| {
-                    while let Some((name, run)) = self.list.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    while let Some((name, run)) = list.get(next.fetch_add(1, Ordering::Relaxed)) {
                         let start = Instant::now();
                         let outcome = catch_unwind(AssertUnwindSafe(run));
                         let time = start.elapsed().as_secs_f64();
