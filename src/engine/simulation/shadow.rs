@@ -191,6 +191,7 @@ impl Shadow {
         }
         let by = open.and_then(|open| self.grants.get(&open)).cloned();
         match fact {
+            Fact::Labelled { .. } => {}
             Fact::Created { kind, id, .. } => {
                 if *kind == Kind::Container {
                     let container = self.containers.entry((daemon.clone(), id.clone())).or_default();
@@ -363,7 +364,7 @@ impl Shadow {
                 lease.sources.extend(acquire.source.clone());
             }
         }
-        if matches!(acquire.class, Class::Work(Work::Build | Work::BuildKit)) {
+        if matches!(acquire.class, Class::Work(Work::Build | Work::BuildKit | Work::Load)) {
             self.builders.insert(acquire.key.clone());
         }
         let grant = Granted { acquire: acquire.clone(), daemon, lease, solves: false, orphan: false };
