@@ -190,6 +190,9 @@ impl Shadow {
             return;
         }
         let by = open.and_then(|open| self.grants.get(&open)).cloned();
+        if by.as_ref().is_some_and(|by| by.orphan) {
+            return;
+        }
         match fact {
             Fact::Labelled { .. } => {}
             Fact::Created { kind, id, .. } => {
