@@ -127,9 +127,9 @@ fn remove_cgroup_tree(dir: &Path) -> bool {
     fs::remove_dir(dir).is_ok() || !dir.exists()
 }
 
-/// Looks after pools whose owner was killed: those with temporary data are ended and removed; of the others
-/// only dead daemons' cables and rules are, because living ones wait for a dindpool on the same data, and dead
-/// ones' data is the user's. The caller holds the register's lock.
+/// Looks after pools whose owner was killed: those with temporary data are ended and removed, and so are those
+/// whose data is gone, because nobody can come back for them. Of the others only dead daemons' cables and rules
+/// are removed: living ones wait for a dindpool on the same data, and dead ones' data is the user's. The caller holds the register's lock.
 pub(super) async fn reap(run_dir: &Path, own: &str) {
     for pool in state::registrations(run_dir).into_iter().filter(|pool| pool.pool != own) {
         let run = run_dir.join(&pool.pool);
@@ -145,7 +145,8 @@ pub(super) async fn reap(run_dir: &Path, own: &str) {
         };
         let alive =
             pool.daemons.iter().any(|(id, _)| holder(&run.join(id).join(state::KEEPER_LOCK)).is_some());
-        if alive && !pool.remove_data {
+        let id = fs::read_to_string(pool.data.join(DATA_ID)).unwrap_or_default();
+        if alive && !pool.remove_data && id.trim() == pool.pool {
             continue;
         }
         tracing::info!(pool = pool.pool, data = %pool.data.display(), "removing what a killed dindpool left");

@@ -8,7 +8,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::process::{Child, Command};
+use tokio::process::{Child, ChildStdin, Command};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -137,7 +137,12 @@ enum End {
 /// A daemon's keeper.
 enum Keeper {
     /// Our child.
-    Ours(Child),
+    Ours {
+        child: Box<Child>,
+        /// The pipe whose end tells the keeper of temporary data that we are gone. It is not left in the child,
+        /// because waiting for a child closes that.
+        _alive: Option<ChildStdin>,
+    },
     /// A former dindpool's, adopted.
     Adopted(Process),
 }
@@ -145,14 +150,14 @@ enum Keeper {
 impl Keeper {
     async fn dead(&mut self) {
         match self {
-            Keeper::Ours(child) => drop(child.wait().await),
+            Keeper::Ours { child, .. } => drop(child.wait().await),
             Keeper::Adopted(process) => process.dead().await,
         }
     }
 
     /// Ends a child of ours that may be too young to hold its lock; others are found by theirs.
     async fn end(&mut self, grace: Duration) {
-        let Keeper::Ours(child) = self else { return };
+        let Keeper::Ours { child, .. } = self else { return };
         let process = child.id().and_then(|pid| Process::of(pid.cast_signed()));
         for (signal, patience) in
             [(libc::SIGTERM, grace + Duration::from_secs(3)), (libc::SIGKILL, Duration::from_secs(3))]
@@ -244,7 +249,10 @@ impl Supervisor {
             Err(error) => return End::Died(format!("cannot write its log: {error}")),
         };
         let mut keeper = match self.spawn(&log) {
-            Ok(child) => Keeper::Ours(child),
+            Ok(mut child) => {
+                let alive = child.stdin.take();
+                Keeper::Ours { child: Box::new(child), _alive: alive }
+            }
             Err(error) => return End::Died(format!("cannot start {}: {error}", self.self_exe.display())),
         };
         let socket = self.launch.socket();
