@@ -295,16 +295,21 @@ pub struct Owner(Child);
 impl Owner {
     /// Returns when the pool's daemons are ready.
     pub fn start(data: &Path, daemons: usize, remove_data: bool) -> Owner {
-        let mut child = Command::new(std::env::current_exe().unwrap())
+        let mut owner = Owner::begin(data, daemons, remove_data);
+        let lines = BufReader::new(owner.0.stdout.take().unwrap()).lines();
+        let ready = lines.map_while(Result::ok).any(|line| line.contains("OWNER IS READY"));
+        assert!(ready, "the owner's pool did not start");
+        owner
+    }
+
+    /// Returns at once.
+    pub fn begin(data: &Path, daemons: usize, remove_data: bool) -> Owner {
+        let child = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "owner", "--ignored", "--nocapture"])
             .env("OWNER", format!("{daemons} {remove_data} {}", data.display()))
             .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        let ready = lines.map_while(Result::ok).any(|line| line.contains("OWNER IS READY"));
-        assert!(ready, "the owner's pool did not start");
-        Owner(child)
+            .spawn();
+        Owner(child.unwrap())
     }
 
     /// What [`Owner::start`] runs in the child.
@@ -377,10 +382,12 @@ pub fn ip(args: &str) {
 }
 
 /// A machine of its own, as far as Docker can tell: network, mounts and processes are new, /run and
-/// /etc/docker are empty. There, this test binary runs its test `name`.
+/// /etc/docker are empty, and systemd-resolved seems to run. There, this test binary runs its test `name`.
 pub fn on_another_machine(name: &str) {
     let script = "set -e; mkdir -p /etc/docker; mount -t tmpfs tmpfs /run; mount -t tmpfs tmpfs /etc/docker; \
-                  ip link set lo up; exec \"$0\" \"$@\"";
+                  mkdir -p /run/systemd/resolve; cd /run/systemd/resolve; \
+                  echo nameserver 127.0.0.53 > stub-resolv.conf; echo nameserver 192.0.2.53 > resolv.conf; \
+                  mount --bind stub-resolv.conf /etc/resolv.conf; cd /; ip link set lo up; exec \"$0\" \"$@\"";
     let output = Command::new("unshare")
         .args([
             "--net",

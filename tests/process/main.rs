@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 use dindpool::provision::process::{self, Options};
 use harness::*;
@@ -184,6 +185,27 @@ async fn a_killed_owners_daemons_are_adopted_with_all_that_runs_on_them() {
     pool.stop().await;
     assert_eq!(traces(&data, &id), Vec::<String>::new());
     assert!(data.join("dind-2/root").is_dir(), "lasting data is the user's");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_owner_killed_at_any_moment_of_a_start_costs_nothing() {
+    if missing("an_owner_killed_at_any_moment_of_a_start_costs_nothing", &["28.5"]) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("data");
+    for moment in [10, 30, 60, 100, 150, 250, 400, 700, 1000] {
+        let owner = Owner::begin(&data, 2, false);
+        tokio::time::sleep(Duration::from_millis(moment)).await; // not a wait: another moment each time
+        owner.kill();
+    }
+    let pool = Pool::start(Options { remove_data: false, ..options(&data, 2, &["28.5"]) }).await;
+    let daemons = pool.ready().await;
+    daemons[1].import_busybox();
+    daemons[1].docker(&SLEEP);
+    let (data, id) = (pool.data.clone(), pool.id());
+    pool.stop().await;
+    assert_eq!(traces(&data, &id), Vec::<String>::new());
 }
 
 #[tokio::test(flavor = "multi_thread")]

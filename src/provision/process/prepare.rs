@@ -47,6 +47,14 @@ pub(super) async fn prepare(mut options: Options) -> Result<Pool, Faults> {
 
     create_private(&options.data)?;
     create_private(&options.run_dir)?;
+    // Through no symbolic link, so that one place has one name: /var/run/docker is in /run/docker.
+    for path in [&mut options.data, &mut options.run_dir] {
+        *path = path.canonicalize().map_err(|error| format!("{}: {error}", path.display()))?;
+    }
+    let hidden = check_places(&options);
+    if !hidden.is_empty() {
+        return Err(Faults(hidden));
+    }
     let in_use = |held: Held| match held {
         Held::By(pid) => format!(
             "{} is in use by another dindpool (process {pid}): stop it, or choose another --data",
@@ -68,7 +76,9 @@ pub(super) async fn prepare(mut options: Options) -> Result<Pool, Faults> {
     let owner_lock = Lock::try_take(&run.join(cleanup::OWNER_LOCK)).map_err(in_use)?;
 
     let former: Option<Registration> = state::read(&state::registration_file(&options.run_dir, &id));
-    let registration = register_pool(&options, &id, former.as_ref())?;
+    let machine = cleanup::blocking(|| (network::uplink_mtu(), network::taken())).await;
+    let (mtu, taken) = machine.ok_or_else(|| "cannot look at the machine's networks".to_string())?;
+    let registration = register_pool(&options, &id, former.as_ref(), mtu, taken?)?;
     drop(register_lock);
 
     let mut problems = Vec::new();
@@ -143,9 +153,9 @@ fn register_pool(
     options: &Options,
     pool: &str,
     former: Option<&Registration>,
+    mtu: u32,
+    mut taken: Vec<Subnet>,
 ) -> Result<Registration, String> {
-    let mtu = network::uplink_mtu();
-    let mut taken = network::taken()?;
     for other in state::registrations(&options.run_dir) {
         taken.extend(other.subnets());
     }
@@ -220,6 +230,15 @@ fn check_options(options: &Options) -> Vec<String> {
             options.run_dir.display()
         ));
     }
+    faults.extend(check_places(options));
+    if !options.self_exe.exists() {
+        faults.push(format!("{}: the dindpool binary is not there", options.self_exe.display()));
+    }
+    faults
+}
+
+fn check_places(options: &Options) -> Vec<String> {
+    let mut faults = Vec::new();
     for (what, path) in [("data", &options.data), ("run", &options.run_dir)] {
         if path.to_str().is_none_or(|text| text.chars().any(char::is_control)) {
             faults.push(format!("{}: the {what} directory's path is not plain text", path.display()));
@@ -230,9 +249,6 @@ fn check_options(options: &Options) -> Vec<String> {
                 path.display()
             ));
         }
-    }
-    if !options.self_exe.exists() {
-        faults.push(format!("{}: the dindpool binary is not there", options.self_exe.display()));
     }
     faults
 }

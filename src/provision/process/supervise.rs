@@ -18,8 +18,10 @@ use super::state::{self, Lock, Process, Registration, State};
 use super::{EXEC_DAEMON, Faults, cleanup};
 use crate::provision::{DaemonSpec, Endpoint, Observation, Running};
 
-/// A daemon's log is moved aside at a start when it is larger than this.
+/// A daemon's log is moved aside when it is larger than this.
 const LOG_LIMIT: u64 = 16 << 20;
+/// How often somebody looks after a daemon that runs.
+const HOUSEKEEPING: Duration = Duration::from_secs(60);
 /// A daemon that was up for this long has recovered: its next death is a new one.
 const RECOVERED: Duration = Duration::from_secs(60);
 /// How often a starting daemon is asked whether it is there.
@@ -240,7 +242,9 @@ impl Supervisor {
     /// One life, from the start to the end.
     async fn live(&self) -> End {
         let born = Instant::now();
-        self.tell(Some(format!("starting dockerd {}", self.version)), None);
+        let starting = format!("starting dockerd {}", self.version);
+        self.say(&starting);
+        self.tell(Some(starting), None);
         if let Err(fault) = self.clean().await {
             return End::Died(fault);
         }
@@ -288,6 +292,7 @@ impl Supervisor {
         let file = state::launch_file(&self.launch.run);
         state::write(&file, &self.launch)?;
         Command::new(&self.self_exe)
+            .arg0("dindpool")
             .arg(EXEC_DAEMON)
             .arg(file)
             // Held open by us alone: its end is how the keeper of temporary data learns of ours.
@@ -305,9 +310,26 @@ impl Supervisor {
                 let tail = tail(&self.launch.log());
                 End::Died(plan::end_line(&tail).unwrap_or_else(|| "dockerd ended".to_string()))
             }
+            () = self.keep_house() => unreachable!("it has no end"),
             () = self.stopping() => {
                 keeper.end(self.launch.stop_grace).await;
                 End::Stopped
+            }
+        }
+    }
+
+    /// What a daemon that runs for months needs: room for its log, and its rules back when somebody has
+    /// reloaded a firewall, which flushes them and leaves the daemon without a network, looking healthy.
+    async fn keep_house(&self) {
+        loop {
+            tokio::time::sleep(HOUSEKEEPING).await;
+            let (log, link) = (self.launch.log(), self.launch.link.clone());
+            let done = cleanup::blocking(move || {
+                let rotated = move_aside(&log).map_err(|error| format!("{}: {error}", log.display()));
+                rotated.and(super::network::ensure_rules(&link))
+            });
+            if let Some(Err(fault)) = done.await {
+                tracing::warn!(daemon = self.launch.id, "{fault}");
             }
         }
     }
@@ -356,9 +378,7 @@ struct Log {
 
 impl Log {
     fn open(path: PathBuf) -> std::io::Result<Log> {
-        if fs::metadata(&path).is_ok_and(|meta| meta.len() > LOG_LIMIT) {
-            fs::rename(&path, path.with_extension("log.old"))?;
-        }
+        move_aside(&path)?;
         let file = OpenOptions::new().create(true).append(true).open(&path)?;
         let begin = usize::try_from(file.metadata()?.len()).unwrap_or(0);
         Ok(Log { path, file, begin })
@@ -369,6 +389,16 @@ impl Log {
         let all = fs::read(&self.path).unwrap_or_default();
         String::from_utf8_lossy(all.get(self.begin..).unwrap_or_default()).into_owned()
     }
+}
+
+/// Keeps one former log. Copied and emptied instead of renamed: the daemon goes on writing to the same file (at
+/// its end, wherever that is then).
+fn move_aside(log: &Path) -> std::io::Result<()> {
+    if fs::metadata(log).is_ok_and(|meta| meta.len() > LOG_LIMIT) {
+        fs::copy(log, log.with_extension("log.old"))?;
+        OpenOptions::new().write(true).truncate(true).open(log)?;
+    }
+    Ok(())
 }
 
 /// The last few KiB of a file.
@@ -440,5 +470,20 @@ mod tests {
         fs::write(&path, "before\nnow\n").unwrap();
         assert_eq!(log.since(), "now\n");
         assert_eq!(tail(&path), "before\nnow\n");
+    }
+
+    #[test]
+    fn a_long_log_is_moved_aside_while_the_daemon_writes_on() {
+        use std::io::Write as _;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("dockerd.log");
+        let mut log = Log::open(path.clone()).unwrap();
+        log.file.set_len(LOG_LIMIT + 1).unwrap();
+        move_aside(&path).unwrap();
+        log.file.write_all(b"on\n").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"on\n");
+        assert_eq!(fs::metadata(dir.path().join("dockerd.log.old")).unwrap().len(), LOG_LIMIT + 1);
+        move_aside(&path).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"on\n", "short enough");
     }
 }
