@@ -196,7 +196,11 @@ mod tests {
             fs::create_dir_all(made).unwrap();
         }
         fs::write(data.join("thesis"), "").unwrap();
-        let link = plan::Link { veth: "dpaa-0".into(), subnet: plan::NETWORKS[0], mtu: 1500 };
+        let link = plan::Link {
+            veth: "dpaa-0".into(),
+            subnet: crate::provision::process::address::NETWORKS[0],
+            mtu: 1500,
+        };
         let daemons = vec![("dind-0".to_string(), link)];
         let mut pool = Registration { pool: "aa".into(), data: data.clone(), remove_data: false, daemons };
         forget(&run, &pool).await;

@@ -16,8 +16,10 @@
 //! ([`network`]). They and every process can be found again from files ([`state`]), so that a dindpool that
 //! was killed costs nothing: the next one on the same data adopts its daemons, or removes them.
 
+mod address;
 mod cleanup;
 pub mod launch;
+mod log;
 mod namespace;
 mod network;
 mod plan;

@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use super::address::{self, Subnet};
 use super::namespace::PRIVATE;
-use super::plan::{self, Features, Launch, Link, Resolver, Subnet};
+use super::plan::{self, Features, Launch, Link, Resolver};
 use super::state::{self, Held, Lock, Registration};
 use super::supervise::{Pool, say};
 use super::{Faults, Options, cleanup, network};
@@ -164,11 +165,11 @@ fn register_pool(
     daemons.truncate(options.daemons);
     let networks: Vec<Subnet> = match options.network {
         Some((address, prefix)) => vec![Subnet::around(address, prefix)],
-        None => plan::NETWORKS.to_vec(),
+        None => address::NETWORKS.to_vec(),
     };
     let seed = u32::from_str_radix(pool, 16).unwrap_or(0);
     let missing = options.daemons - daemons.len();
-    let chosen = plan::choose(&networks, &taken, seed, missing).ok_or_else(|| {
+    let chosen = address::choose(&networks, &taken, seed, missing).ok_or_else(|| {
         let tried: Vec<String> = networks.iter().map(ToString::to_string).collect();
         format!(
             "no free network for {missing} daemons in {}: this machine uses them; name another one",

@@ -15,7 +15,8 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::plan::{Link, Subnet};
+use super::address::Subnet;
+use super::plan::Link;
 
 /// A process, beyond the reuse of its number.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -1,7 +1,6 @@
 //! Keeps the daemons running and tells what is going on: one task per daemon, and one that puts their news
 //! together into observations.
 
-use std::fs::{self, File, OpenOptions};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -13,13 +12,12 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use super::plan::{self, Launch};
+use super::log::{self, Log};
+use super::plan::Launch;
 use super::state::{self, Lock, Process, Registration, State};
 use super::{EXEC_DAEMON, Faults, cleanup};
 use crate::provision::{DaemonSpec, Endpoint, Observation, Running};
 
-/// A daemon's log is moved aside when it is larger than this.
-const LOG_LIMIT: u64 = 16 << 20;
 /// How often somebody looks after a daemon that runs.
 const HOUSEKEEPING: Duration = Duration::from_secs(60);
 /// A daemon that was up for this long has recovered: its next death is a new one.
@@ -262,7 +260,7 @@ impl Supervisor {
         let socket = self.launch.socket();
         let reason = tokio::select! {
             () = keeper.dead() => {
-                let why = plan::telling_line(&log.since()).unwrap_or_else(|| "it said nothing".to_string());
+                let why = log::telling_line(&log.since()).unwrap_or_else(|| "it said nothing".to_string());
                 format!("dockerd did not start: {why}")
             }
             () = self.stopping() => {
@@ -277,7 +275,7 @@ impl Supervisor {
                     return self.watch(keeper).await;
                 }
                 Err(_) => {
-                    let why = plan::telling_line(&log.since()).unwrap_or_default();
+                    let why = log::telling_line(&log.since()).unwrap_or_default();
                     format!("dockerd gave no answer within {:?}: {why}", self.ready_deadline)
                 }
             }
@@ -307,8 +305,8 @@ impl Supervisor {
     async fn watch(&self, mut keeper: Keeper) -> End {
         tokio::select! {
             () = keeper.dead() => {
-                let tail = tail(&self.launch.log());
-                End::Died(plan::end_line(&tail).unwrap_or_else(|| "dockerd ended".to_string()))
+                let tail = log::tail(&self.launch.log());
+                End::Died(log::end_line(&tail).unwrap_or_else(|| "dockerd ended".to_string()))
             }
             () = self.keep_house() => unreachable!("it has no end"),
             () = self.stopping() => {
@@ -325,7 +323,7 @@ impl Supervisor {
             tokio::time::sleep(HOUSEKEEPING).await;
             let (log, link) = (self.launch.log(), self.launch.link.clone());
             let done = cleanup::blocking(move || {
-                let rotated = move_aside(&log).map_err(|error| format!("{}: {error}", log.display()));
+                let rotated = log::move_aside(&log).map_err(|error| format!("{}: {error}", log.display()));
                 rotated.and(super::network::ensure_rules(&link))
             });
             if let Some(Err(fault)) = done.await {
@@ -367,52 +365,6 @@ impl Pause {
         };
         *self.last.insert(next)
     }
-}
-
-/// A daemon's log file, and where in it this life begins.
-struct Log {
-    path: PathBuf,
-    file: File,
-    begin: usize,
-}
-
-impl Log {
-    fn open(path: PathBuf) -> std::io::Result<Log> {
-        move_aside(&path)?;
-        let file = OpenOptions::new().create(true).append(true).open(&path)?;
-        let begin = usize::try_from(file.metadata()?.len()).unwrap_or(0);
-        Ok(Log { path, file, begin })
-    }
-
-    /// What was written in this life.
-    fn since(&self) -> String {
-        let all = fs::read(&self.path).unwrap_or_default();
-        String::from_utf8_lossy(all.get(self.begin..).unwrap_or_default()).into_owned()
-    }
-}
-
-/// Keeps one former log. Copied and emptied instead of renamed: the daemon goes on writing to the same file (at
-/// its end, wherever that is then).
-fn move_aside(log: &Path) -> std::io::Result<()> {
-    if fs::metadata(log).is_ok_and(|meta| meta.len() > LOG_LIMIT) {
-        fs::copy(log, log.with_extension("log.old"))?;
-        OpenOptions::new().write(true).truncate(true).open(log)?;
-    }
-    Ok(())
-}
-
-/// The last few KiB of a file.
-fn tail(path: &Path) -> String {
-    use std::io::{Read as _, Seek as _, SeekFrom};
-    let read = || {
-        let mut file = File::open(path).ok()?;
-        let length = file.metadata().ok()?.len();
-        file.seek(SeekFrom::Start(length.saturating_sub(4096))).ok()?;
-        let mut bytes = Vec::new();
-        file.read_to_end(&mut bytes).ok()?;
-        Some(String::from_utf8_lossy(&bytes).into_owned())
-    };
-    read().unwrap_or_default()
 }
 
 /// Completes when the daemon behind a socket answers.
@@ -459,31 +411,5 @@ mod tests {
         let seconds: Vec<f32> = (0..8).map(|_| pause.after(short).as_secs_f32()).collect();
         assert_eq!(seconds, [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]);
         assert_eq!(pause.after(RECOVERED), Duration::from_millis(500));
-    }
-
-    #[test]
-    fn a_log_tells_of_this_life_only() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("dockerd.log");
-        fs::write(&path, "before\n").unwrap();
-        let log = Log::open(path.clone()).unwrap();
-        fs::write(&path, "before\nnow\n").unwrap();
-        assert_eq!(log.since(), "now\n");
-        assert_eq!(tail(&path), "before\nnow\n");
-    }
-
-    #[test]
-    fn a_long_log_is_moved_aside_while_the_daemon_writes_on() {
-        use std::io::Write as _;
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("dockerd.log");
-        let mut log = Log::open(path.clone()).unwrap();
-        log.file.set_len(LOG_LIMIT + 1).unwrap();
-        move_aside(&path).unwrap();
-        log.file.write_all(b"on\n").unwrap();
-        assert_eq!(fs::read(&path).unwrap(), b"on\n");
-        assert_eq!(fs::metadata(dir.path().join("dockerd.log.old")).unwrap().len(), LOG_LIMIT + 1);
-        move_aside(&path).unwrap();
-        assert_eq!(fs::read(&path).unwrap(), b"on\n", "short enough");
     }
 }
