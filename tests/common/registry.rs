@@ -62,9 +62,10 @@ impl Registry {
         Addr::Tcp(self.name.clone())
     }
 
-    /// What dockerd needs to use it without TLS.
+    /// What dockerd needs to use it without TLS. The scheme is for the BuildKit of 20.10, which takes a bare address
+    /// for no configuration at all.
     pub fn dockerd_arg(&self) -> String {
-        format!("--dockerd-arg=--insecure-registry={}", self.name)
+        format!("--dockerd-arg=--insecure-registry=http://{}", self.name)
     }
 
     /// The base image that it always has.
