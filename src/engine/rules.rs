@@ -441,6 +441,17 @@ fn a_list_names_the_builders_also_those_whose_build_still_runs() {
 }
 
 #[test]
+fn builders_that_no_list_clears_do_not_pile_up() {
+    let mut pool = Pool::of(1);
+    for i in 0..1_000 {
+        pool.pass(1);
+        pool.call(build(&format!("k{i}")));
+    }
+    let (builders, _) = pool.engine.daemons().next().unwrap().builders.all();
+    assert!(builders.len() <= 256 && builders.contains(&"k999".into()));
+}
+
+#[test]
 fn a_container_name_means_the_sessions_own() {
     let mut pool = Pool::of(2);
     let a = pool.run(create("k", "alpine"), "1111", Some("db"));
