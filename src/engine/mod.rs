@@ -94,6 +94,8 @@ struct Open {
     since: Time,
     /// A BuildKit session's uuid, known as long as this is open.
     uuid: Option<String>,
+    /// Its daemon has gone, or is another one now: what it still says is of nothing that exists.
+    orphan: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -247,8 +249,18 @@ impl Engine {
             }
         }
         self.settle(&key, now);
-        let known =
-            Open { key, daemon: daemon.clone(), unit, counted, builds, lease, tenant, since: now, uuid };
+        let known = Open {
+            key,
+            daemon: daemon.clone(),
+            unit,
+            counted,
+            builds,
+            lease,
+            tenant,
+            since: now,
+            uuid,
+            orphan: false,
+        };
         self.opens.insert(open, known);
         self.effects.push(Effect::Granted { request, open, daemon, lease, fresh });
     }
@@ -374,6 +386,8 @@ impl Engine {
             self.end_lease(&open.key, now, false);
             if let Some(session) = self.sessions.get_mut(&open.key) {
                 session.home = None;
+                // An event may have named it among an image's possible makers.
+                session.owned.clear();
             }
         }
     }
