@@ -29,6 +29,7 @@ fn ask(key: &str, class: Class) -> Acquire {
         tenant: "default".into(),
         source: None,
         inside: None,
+        shares_names: true,
         class,
         target: None,
         requirements: Requirements { api: Some((1, 44)), ..Requirements::default() },

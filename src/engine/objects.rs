@@ -169,7 +169,25 @@ impl Objects {
     /// The daemons on which `reference` means an object that `tenant` may use: by full id, else by name, else
     /// by id prefix (the order in which dockerd itself resolves it).
     pub fn resolve(&self, kind: Kind, reference: &str, tenant: &Tenant) -> Vec<DaemonId> {
-        let visible = |o: &Object| o.tenant.as_ref().is_none_or(|t| t == tenant);
+        self.resolve_for(kind, reference, tenant, None)
+    }
+
+    /// As [`Self::resolve`], without what only other sessions than `only` made. A full id is a fact all the same.
+    pub fn resolve_for(
+        &self,
+        kind: Kind,
+        reference: &str,
+        tenant: &Tenant,
+        only: Option<&SessionKey>,
+    ) -> Vec<DaemonId> {
+        let of_tenant = |o: &Object| o.tenant.as_ref().is_none_or(|t| t == tenant);
+        let visible =
+            |o: &Object| of_tenant(o) && only.is_none_or(|key| o.owners.is_empty() || o.owners.contains(key));
+        if kind != Kind::Volume
+            && let Some(entry) = self.by_id.get(&(kind, reference.to_string()))
+        {
+            return entry.iter().filter(|(_, o)| of_tenant(o)).map(|(d, _)| d.clone()).collect();
+        }
         if let Some(entry) = self.by_id.get(&(kind, reference.to_string())) {
             return entry.iter().filter(|(_, o)| visible(o)).map(|(d, _)| d.clone()).collect();
         }

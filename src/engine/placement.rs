@@ -51,6 +51,13 @@ impl Engine {
         if own.as_ref().is_some_and(|own| daemons.contains(own)) {
             return None; // It is where the session is.
         }
+        let strangers = !daemons.is_empty();
+        let daemons = self.elsewhere(acquire, target);
+        if daemons.is_empty() && strangers {
+            // A session with a daemon of its own hears "no such container" from that one. For another there
+            // must be no daemon at which a stranger's container of that name would answer, or be removed.
+            return own.is_none().then(|| Placement::Refuse(Refusal::NotFound(no_such(target))));
+        }
         match &daemons[..] {
             [] => {
                 let id = &target.reference;
@@ -64,7 +71,7 @@ impl Engine {
             }
             // `/session` came before its `/build`, under another key: the build follows it.
             [one] if target.kind == Kind::BuildSession => {
-                Some(self.place_within(acquire, std::slice::from_ref(one)))
+                Some(self.place_within(acquire, &BTreeSet::from([one.clone()])))
             }
             [one] => Some(Placement::Route(one.clone())),
             // Several, and the session has a daemon of its own: that one says "no such container".
@@ -80,6 +87,12 @@ impl Engine {
                 }
             )))),
         }
+    }
+
+    /// Where else something is that this session may mean by a name, or what has this full id.
+    fn elsewhere(&self, acquire: &Acquire, object: &ObjectRef) -> Vec<DaemonId> {
+        let only = (!acquire.shares_names).then_some(&acquire.key);
+        self.objects.resolve_for(object.kind, &object.reference, &acquire.tenant, only)
     }
 
     /// The daemon that the session lost, if it has not been told yet.
@@ -100,12 +113,18 @@ impl Engine {
                 None => Some(set),
             };
         };
-        let (containers, others): (Vec<_>, Vec<_>) =
-            acquire.requirements.beside.iter().partition(|o| o.kind == Kind::Container);
+        let (containers, others): (Vec<_>, Vec<_>) = acquire
+            .requirements
+            .beside
+            .iter()
+            .partition(|o| matches!(o.kind, Kind::Container | Kind::Project));
         let resolve = |o: &&ObjectRef| {
             let daemons = self.objects.resolve(o.kind, &o.reference, &acquire.tenant);
+            if let Some(own) = own.as_ref().filter(|own| daemons.contains(own)) {
+                return Some(vec![own.clone()]);
+            }
+            let daemons = self.elsewhere(acquire, o);
             match &own {
-                Some(own) if daemons.contains(own) => Some(vec![own.clone()]),
                 // A volume that is not there is made, so a stranger's of that name must not draw it away.
                 Some(_) if o.kind == Kind::Volume => None,
                 _ if daemons.len() == 1 => Some(daemons),
@@ -250,6 +269,16 @@ impl Engine {
             tried.push(format!("and {} more", self.daemons.len() - tried.len()));
         }
         Refusal::NoDaemon(format!("no healthy daemon in the pool: {}", tried.join(", ")))
+    }
+}
+
+/// dockerd's own words (28.5).
+fn no_such(object: &ObjectRef) -> String {
+    let name = &object.reference;
+    match object.kind {
+        Kind::Network => format!("network {name} not found"),
+        Kind::Volume => format!("get {name}: no such volume"),
+        _ => format!("No such container: {name}"),
     }
 }
 
