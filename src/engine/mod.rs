@@ -408,6 +408,8 @@ impl Engine {
             self.end_lease(&open.key, now, false);
             if let Some(session) = self.sessions.get_mut(&open.key) {
                 session.home = None;
+                // An event may have named it among an image's possible makers.
+                session.owned.clear();
             }
         }
     }

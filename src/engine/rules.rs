@@ -401,6 +401,18 @@ fn an_older_list_does_not_undo_what_was_learned_since() {
 }
 
 #[test]
+fn a_container_whose_start_only_a_list_told_counts_longer_than_a_minute() {
+    let mut pool = Pool::of(1);
+    let daemon = pool.container(create("k", "alpine"), "c1", None);
+    pool.pass(5);
+    let containers = vec![ListedContainer { id: "c1".into(), names: vec![], running: true }];
+    let (began, inventory) = (pool.now, Inventory { containers, ..Inventory::default() });
+    pool.tell(Event::Inventory { daemon: daemon.clone(), began, inventory });
+    pool.pass(600);
+    assert_eq!(pool.used(&daemon), 1);
+}
+
+#[test]
 fn a_list_names_the_builders_also_those_whose_build_still_runs() {
     let mut pool = Pool::of(1);
     let slow = pool.grant(build("slow"));
@@ -826,6 +838,18 @@ fn a_binding_of_several_requests_is_undone_when_none_of_them_got_through() {
     pool.end(&first, Outcome::Unreached);
     pool.end(&second, Outcome::Unreached);
     assert_ne!(pool.grant(build("k")).daemon, first.daemon);
+}
+
+#[test]
+fn a_binding_that_was_never_reached_owns_no_image() {
+    let mut pool = Pool::of(2);
+    let grant = pool.grant(build("k"));
+    let reference = super::images::normalise("app");
+    let fact = Fact::ImageWritten { reference, id: Some("sha256:11".into()), written: Written::Made };
+    pool.learn(&grant.daemon, None, fact);
+    pool.end(&grant, Outcome::Unreached);
+    assert_eq!(pool.home("k"), None);
+    assert_ne!(pool.grant(build("k")).daemon, grant.daemon);
 }
 
 #[test]
