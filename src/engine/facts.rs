@@ -12,6 +12,9 @@ impl Engine {
         if !self.daemons.contains_key(daemon) {
             return;
         }
+        if open.and_then(|open| self.opens.get(&open)).is_some_and(|open| open.orphan) {
+            return;
+        }
         // Facts of requests that have ended are nobody's: their sessions may own something else by now.
         let by = open.and_then(|open| self.opens.get(&open)).filter(|open| open.daemon == *daemon).cloned();
         if let Some(by) = &by {

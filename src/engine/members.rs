@@ -95,7 +95,7 @@ impl Engine {
             d.builders = Builders::default();
         }
         for open in self.opens.values_mut().filter(|o| o.daemon == *daemon) {
-            open.builds = false;
+            (open.builds, open.orphan) = (false, true);
             let unit = std::mem::replace(&mut open.unit, Unit::None);
             if let Some(session) = self.sessions.get_mut(&open.key) {
                 session.builds -= u32::from(unit == Unit::Build);

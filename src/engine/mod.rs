@@ -110,6 +110,8 @@ struct Open {
     since: Time,
     /// A BuildKit session's uuid, known as long as this is open.
     uuid: Option<String>,
+    /// Its daemon has gone, or is another one now: what it still says is of nothing that exists.
+    orphan: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -280,8 +282,18 @@ impl Engine {
             }
         }
         self.settle(&key, now);
-        let known =
-            Open { key, daemon: daemon.clone(), unit, counted, builds, lease, tenant, since: now, uuid };
+        let known = Open {
+            key,
+            daemon: daemon.clone(),
+            unit,
+            counted,
+            builds,
+            lease,
+            tenant,
+            since: now,
+            uuid,
+            orphan: false,
+        };
         self.opens.insert(open, known);
         self.effects.push(Effect::Granted { request, open, daemon, lease, fresh });
     }

@@ -175,7 +175,8 @@ impl Simulation {
                 self.tell(Event::Acquire(acquire));
             }
             6 => {
-                let acquire = self.acquire(Class::Work(Work::Image));
+                let work = [Work::Pull, Work::Load][self.below(2)];
+                let acquire = self.acquire(Class::Work(work));
                 self.tell(Event::Acquire(acquire));
             }
             7 => {
@@ -240,10 +241,8 @@ impl Simulation {
                     self.writes(&grant.daemon, None, Written::Made);
                 }
                 Class::Work(Work::Build) => self.writes(&grant.daemon, Some(open), Written::Made),
-                Class::Work(Work::Image) => {
-                    let written = if self.chance(70) { Written::Pulled } else { Written::Made };
-                    self.writes(&grant.daemon, Some(open), written);
-                }
+                Class::Work(Work::Pull) => self.writes(&grant.daemon, Some(open), Written::Pulled),
+                Class::Work(Work::Load) => self.writes(&grant.daemon, Some(open), Written::Made),
                 Class::Work(Work::Container) => self.creates(&grant.daemon, open),
                 Class::Work(Work::Resource) => {
                     let kind = [Kind::Network, Kind::Volume][self.below(2)];
@@ -371,7 +370,11 @@ impl Simulation {
         let event = if self.chance(50) {
             // The shadow follows networks and volumes by their facts: a list tells nothing new of them.
             let (networks, volumes) = self.known(&daemon);
-            Event::Inventory { daemon, began, inventory: Inventory { containers, networks, volumes, images } }
+            Event::Inventory {
+                daemon,
+                began,
+                inventory: Inventory { containers, networks, volumes, images, projects: Vec::new() },
+            }
         } else {
             Event::Images { daemon, began, images }
         };

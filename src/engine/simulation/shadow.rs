@@ -190,7 +190,11 @@ impl Shadow {
             return;
         }
         let by = open.and_then(|open| self.grants.get(&open)).cloned();
+        if by.as_ref().is_some_and(|by| by.orphan) {
+            return;
+        }
         match fact {
+            Fact::Labelled { .. } => {}
             Fact::Created { kind, id, .. } => {
                 if *kind == Kind::Container {
                     let container = self.containers.entry((daemon.clone(), id.clone())).or_default();
@@ -363,7 +367,7 @@ impl Shadow {
                 lease.sources.extend(acquire.source.clone());
             }
         }
-        if matches!(acquire.class, Class::Work(Work::Build | Work::BuildKit)) {
+        if matches!(acquire.class, Class::Work(Work::Build | Work::BuildKit | Work::Load)) {
             self.builders.insert(acquire.key.clone());
         }
         let grant = Granted { acquire: acquire.clone(), daemon, lease, solves: false, orphan: false };
