@@ -451,7 +451,9 @@ impl Engine {
                 session.linger = None;
             } else if session.slots > 0 {
                 // The last unit has just ended, or it ended a while ago and the linger runs.
-                let until = *session.linger.get_or_insert(now + self.config.linger);
+                // One that waits with more work takes its turn with the others instead.
+                let linger = if self.queue.has_of(key) { Time::ZERO } else { self.config.linger };
+                let until = *session.linger.get_or_insert(now + linger);
                 slots = u32::from(now < until);
             }
             if slots != session.slots {

@@ -120,6 +120,11 @@ impl Queue {
         })
     }
 
+    /// Whether a ticket of this session waits.
+    pub(super) fn has_of(&self, key: &SessionKey) -> bool {
+        self.lines.values().any(|line| line.tickets.contains_key(key))
+    }
+
     fn len_of(&self, tenant: &Tenant) -> usize {
         self.lines.get(tenant).map_or(0, |l| l.tickets.values().map(VecDeque::len).sum())
     }
@@ -326,4 +331,271 @@ impl Engine {
 
 fn ticket_since(queue: &Queue, request: RequestId) -> Time {
     queue.tickets.get(&request).map_or(Time::ZERO, |t| t.since)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Config;
+    use super::*;
+
+    /// An engine of daemons with one slot each, driven as the shell does.
+    struct Pool {
+        engine: Engine,
+        now: Time,
+        requests: u64,
+        granted: BTreeMap<RequestId, (OpenId, DaemonId)>,
+        refused: BTreeMap<RequestId, Refusal>,
+    }
+
+    impl Pool {
+        fn of(daemons: &[&str], config: Config) -> Self {
+            let mut pool = Pool {
+                engine: Engine::new(config, 7),
+                now: Time::from_secs(1),
+                requests: 0,
+                granted: BTreeMap::new(),
+                refused: BTreeMap::new(),
+            };
+            pool.observe(daemons);
+            for daemon in daemons {
+                pool.answers(daemon);
+            }
+            pool
+        }
+
+        fn observe(&mut self, daemons: &[&str]) {
+            let observed =
+                |id: &&str| Observed { id: (*id).into(), draining: false, pending: None, slots: Some(1) };
+            self.tell(Event::Observed(daemons.iter().map(observed).collect()));
+        }
+
+        fn answers(&mut self, daemon: &str) {
+            let facts = Facts { api_min: (1, 24), api_max: (1, 51), ..Facts::default() };
+            self.tell(Event::Probed { daemon: daemon.into(), probe: Probe::Answered(facts) });
+        }
+
+        fn tell(&mut self, event: Event) {
+            for effect in self.engine.handle(event, self.now) {
+                match effect {
+                    Effect::Granted { request, open, daemon, .. } => {
+                        self.granted.insert(request, (open, daemon));
+                    }
+                    Effect::Refused { request, refusal } => {
+                        self.refused.insert(request, refusal);
+                    }
+                    _ => {}
+                }
+            }
+        }
+
+        fn ask(&mut self, tenant: &str, key: &str, class: Class, uuid: Option<&str>) -> RequestId {
+            self.requests += 1;
+            let request = RequestId(self.requests);
+            let target = uuid.map(|u| ObjectRef { kind: Kind::BuildSession, reference: u.into() });
+            self.tell(Event::Acquire(Acquire {
+                request,
+                key: key.into(),
+                tenant: tenant.into(),
+                source: None,
+                inside: None,
+                class,
+                target,
+                requirements: Requirements::default(),
+                deadline: None,
+            }));
+            request
+        }
+
+        fn build(&mut self, tenant: &str, key: &str) -> RequestId {
+            self.ask(tenant, key, Class::Work(Work::Build), None)
+        }
+
+        /// The build ends, and the slot comes free after the linger.
+        fn end(&mut self, request: RequestId) {
+            let (open, _) = self.granted[&request].clone();
+            self.tell(Event::Release { open, outcome: Outcome::Done });
+            self.pass(Config::default().linger);
+        }
+
+        fn pass(&mut self, time: Time) {
+            self.now += time;
+            self.tell(Event::Tick);
+        }
+
+        fn waits(&self, request: RequestId) -> bool {
+            !self.granted.contains_key(&request) && !self.refused.contains_key(&request)
+        }
+    }
+
+    fn config() -> Config {
+        Config::default()
+    }
+
+    #[test]
+    fn a_full_pool_lets_wait_and_a_free_slot_lets_in() {
+        let mut pool = Pool::of(&["a", "b"], config());
+        let (x, y, z) = (pool.build("t", "x"), pool.build("t", "y"), pool.build("t", "z"));
+        assert!(!pool.waits(x) && !pool.waits(y) && pool.waits(z));
+        assert_ne!(pool.granted[&x].1, pool.granted[&y].1);
+        assert_eq!(pool.engine.position(z), Some((1, 1)));
+        pool.end(y);
+        assert_eq!(pool.granted[&z].1, pool.granted[&y].1);
+        assert_eq!(pool.engine.position(z), None);
+    }
+
+    #[test]
+    fn tenants_take_turns_and_so_do_their_sessions() {
+        let mut pool = Pool::of(&["a"], config());
+        let first = pool.build("red", "r0");
+        let waiting = [
+            pool.build("red", "r1"),
+            pool.build("red", "r1"),
+            pool.build("red", "r2"),
+            pool.build("blue", "b1"),
+            pool.build("blue", "b2"),
+        ];
+        let places: Vec<_> = waiting.iter().map(|r| pool.engine.position(*r).unwrap().0).collect();
+        assert_eq!(places, [1, 5, 3, 2, 4]);
+        let mut running = first;
+        for place in 1..=3 {
+            let next = waiting[places.iter().position(|p| *p == place).unwrap()];
+            assert!(pool.waits(next), "{place}");
+            pool.end(running);
+            assert!(!pool.waits(next), "{place}");
+            running = next;
+        }
+    }
+
+    #[test]
+    fn nobody_overtakes_those_who_wait() {
+        let mut pool = Pool::of(&["a"], config());
+        let first = pool.build("t", "x");
+        let second = pool.build("t", "y");
+        pool.tell(Event::Release { open: pool.granted[&first].0, outcome: Outcome::Done });
+        let third = pool.build("t", "z");
+        pool.pass(Config::default().linger);
+        assert!(!pool.waits(second) && pool.waits(third));
+    }
+
+    #[test]
+    fn a_session_with_a_slot_waits_for_a_second_build_only() {
+        let mut pool = Pool::of(&["a"], config());
+        let _build = pool.build("t", "x");
+        let other = pool.build("t", "y");
+        let create = pool.ask("t", "x", Class::Work(Work::Container), None);
+        let pull = pool.ask("t", "x", Class::Work(Work::Pull), None);
+        let read = pool.ask("t", "y", Class::Read, None);
+        assert!(pool.waits(other));
+        assert!(!pool.waits(create) && !pool.waits(pull) && !pool.waits(read));
+        let second = pool.build("t", "x");
+        assert!(pool.waits(second));
+    }
+
+    #[test]
+    fn the_session_of_a_build_that_waits_waits_with_it() {
+        let mut pool = Pool::of(&["a"], config());
+        let first = pool.build("t", "x");
+        let build = pool.ask("t", "y", Class::Work(Work::Build), Some("uuid"));
+        let session = pool.ask("t", "y", Class::Join, Some("uuid"));
+        assert!(pool.waits(build) && pool.waits(session));
+        // That of the build that runs does not.
+        let running = pool.ask("t", "x", Class::Join, Some("other"));
+        assert!(!pool.waits(running));
+        pool.end(first);
+        assert!(!pool.waits(build) && !pool.waits(session));
+    }
+
+    #[test]
+    fn a_ticket_whose_client_leaves_is_gone_and_starts_nothing() {
+        let mut pool = Pool::of(&["a"], config());
+        let first = pool.build("t", "x");
+        let (gone, next) = (pool.build("t", "y"), pool.build("t", "z"));
+        pool.tell(Event::Abandon(gone));
+        assert_eq!(pool.engine.position(next), Some((1, 1)));
+        pool.end(first);
+        assert!(pool.waits(gone) && !pool.waits(next));
+    }
+
+    #[test]
+    fn a_bound_session_comes_before_unbound_ones_and_starves_nobody() {
+        let mut pool = Pool::of(&["a"], config());
+        let first = pool.build("t", "bound");
+        let unbound = pool.build("t", "u");
+        let mut running = first;
+        // `bound` has a lease on the daemon: its further builds belong there.
+        let bound: Vec<_> = (0..4).map(|_| pool.build("t", "bound")).collect();
+        let mut order = Vec::new();
+        for _ in 0..4 {
+            pool.end(running);
+            running =
+                *bound.iter().chain([&unbound]).find(|r| !order.contains(*r) && !pool.waits(**r)).unwrap();
+            order.push(running);
+        }
+        assert_eq!(order[..3], [bound[0], bound[1], unbound]);
+    }
+
+    #[test]
+    fn limits_refuse_with_a_word() {
+        let config = Config { queue_limit: 2, tenant_waiting: Some(1), ..config() };
+        let mut pool = Pool::of(&["a"], config);
+        pool.build("red", "r0");
+        pool.build("red", "r1");
+        let own_limit = pool.build("red", "r2");
+        let Refusal::QueueFull(text) = &pool.refused[&own_limit] else { panic!("no refusal") };
+        assert!(text.contains("full for red: 1 of at most 1"), "{text}");
+        pool.build("blue", "b1");
+        let full = pool.build("green", "g1");
+        let Refusal::QueueFull(text) = &pool.refused[&full] else { panic!("no refusal") };
+        assert!(text.contains("2 of at most 2"), "{text}");
+        assert!(pool.engine.queue_is_full());
+    }
+
+    #[test]
+    fn a_tenant_holds_no_more_slots_than_it_may() {
+        let config = Config { tenant_slots: Some(1), ..config() };
+        let mut pool = Pool::of(&["a", "b"], config);
+        let first = pool.build("red", "r1");
+        let second = pool.build("red", "r2");
+        let other = pool.build("blue", "b1");
+        assert!(pool.waits(second) && !pool.waits(other));
+        pool.end(first);
+        assert!(!pool.waits(second));
+    }
+
+    #[test]
+    fn the_longest_wait_ends_in_a_refusal_with_the_position() {
+        let mut pool = Pool::of(&["a"], config());
+        pool.build("t", "x");
+        let late = pool.build("t", "y");
+        pool.pass(config().max_wait);
+        let Refusal::QueueFull(text) = &pool.refused[&late] else { panic!("no refusal") };
+        assert!(text.contains("position 1 of 1"), "{text}");
+        assert!(pool.engine.tickets().is_empty());
+    }
+
+    #[test]
+    fn work_waits_for_a_daemon_that_starts_but_not_for_ever() {
+        let mut pool = Pool::of(&[], config());
+        pool.observe(&["a"]);
+        let early = pool.build("t", "x");
+        assert!(pool.waits(early));
+        pool.answers("a");
+        assert!(!pool.waits(early));
+        let mut pool = Pool::of(&[], config());
+        pool.observe(&["a"]);
+        pool.pass(config().patience);
+        let late = pool.build("t", "x");
+        assert!(matches!(pool.refused[&late], Refusal::NoDaemon(_)));
+    }
+
+    #[test]
+    fn a_new_daemon_lets_in_who_waits_anywhere_but_not_who_belongs_elsewhere() {
+        let mut pool = Pool::of(&["a"], config());
+        pool.build("t", "bound");
+        let (bound, unbound) = (pool.build("t", "bound"), pool.build("t", "u"));
+        pool.observe(&["a", "b"]);
+        pool.answers("b");
+        assert!(pool.waits(bound));
+        assert_eq!(pool.granted[&unbound].1, "b".into());
+    }
 }
