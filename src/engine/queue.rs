@@ -178,7 +178,9 @@ impl Engine {
             Placement::Bind(_) if acquire.class == Class::Join => {
                 let uuid = acquire.target.as_ref().map(|t| t.reference.as_str());
                 let bound = self.sessions.get(&acquire.key).is_some_and(|s| s.lease().is_some());
-                self.queue.waits_with(&acquire.key, uuid, bound)
+                // `/session` may come before its `/build` (CLI 20.10 sends both at once): bound to a full daemon
+                // by it, the build could wait nowhere else.
+                self.queue.waits_with(&acquire.key, uuid, bound) || (!bound && !self.any_room())
             }
             Placement::Bind(daemon) => {
                 self.needs_slot(acquire, daemon)
@@ -267,7 +269,7 @@ impl Engine {
     }
 
     fn admit_one(&mut self, now: Time) -> bool {
-        let room = self.daemons.values().any(|d| d.used < d.slots && d.takes_sessions());
+        let room = self.any_room();
         for tenant in self.queue.ring.clone() {
             let mut heads: Vec<(bool, RequestId)> = (self.queue.heads(&tenant).into_iter())
                 .filter_map(|r| Some((self.home_of(&self.queue.tickets.get(&r)?.acquire).is_some(), r)))
@@ -311,6 +313,10 @@ impl Engine {
             return true;
         }
         work == Work::Build && session.builds >= session.slots
+    }
+
+    fn any_room(&self) -> bool {
+        self.daemons.values().any(|d| d.used < d.slots && d.takes_sessions())
     }
 
     fn has_room(&self, daemon: &DaemonId) -> bool {
@@ -449,15 +455,15 @@ mod tests {
         let first = pool.build("red", "r0");
         let waiting = [
             pool.build("red", "r1"),
-            pool.build("red", "r1"),
             pool.build("red", "r2"),
+            pool.build("red", "r3"),
             pool.build("blue", "b1"),
             pool.build("blue", "b2"),
         ];
         let places: Vec<_> = waiting.iter().map(|r| pool.engine.position(*r).unwrap().0).collect();
-        assert_eq!(places, [1, 5, 3, 2, 4]);
+        assert_eq!(places, [1, 3, 5, 2, 4]);
         let mut running = first;
-        for place in 1..=3 {
+        for place in 1..=5 {
             let next = waiting[places.iter().position(|p| *p == place).unwrap()];
             assert!(pool.waits(next), "{place}");
             pool.end(running);
@@ -503,6 +509,18 @@ mod tests {
         assert!(!pool.waits(running));
         pool.end(first);
         assert!(!pool.waits(build) && !pool.waits(session));
+    }
+
+    #[test]
+    fn a_session_that_comes_before_its_build_does_not_bind_it_to_a_full_daemon() {
+        let mut pool = Pool::of(&["a", "b"], config());
+        let (first, _) = (pool.build("t", "x"), pool.build("t", "y"));
+        let session = pool.ask("t", "z", Class::Join, Some("uuid"));
+        assert!(pool.waits(session));
+        let build = pool.ask("t", "z", Class::Work(Work::Build), Some("uuid"));
+        pool.end(first);
+        assert_eq!(pool.granted[&build].1, pool.granted[&first].1);
+        assert_eq!(pool.granted[&session].1, pool.granted[&first].1);
     }
 
     #[test]
