@@ -147,6 +147,10 @@ impl Daemon {
     }
 }
 
+/// A daemon whose images nobody lists remembers no more ended builds than this: when there are more, the older
+/// half is forgotten.
+const ENDED: usize = 256;
+
 /// The sessions that build on a daemon, or whose builds ended after its images were listed last.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Builders {
@@ -166,6 +170,12 @@ impl Builders {
         *builds -= 1;
         if let Some(at) = at {
             self.ended.insert(key.clone(), (tenant.clone(), at));
+        }
+        if self.ended.len() > ENDED {
+            let mut ends: Vec<Time> = self.ended.values().map(|(_, at)| *at).collect();
+            ends.sort_unstable();
+            let middle = ends[ends.len() / 2];
+            self.ended.retain(|_, (_, at)| *at > middle);
         }
         if *builds == 0 {
             self.under_way.remove(key);

@@ -102,7 +102,7 @@ impl Engine {
                 session.others -= u32::from(unit == Unit::Other);
             }
         }
-        let hit: Vec<SessionKey> = self
+        let mut hit: Vec<SessionKey> = self
             .sessions
             .iter()
             .filter(|(_, s)| {
@@ -110,6 +110,7 @@ impl Engine {
             })
             .map(|(key, _)| key.clone())
             .collect();
+        hit.sort_unstable();
         for key in hit {
             let Some(session) = self.sessions.get_mut(&key) else { continue };
             if session.foreign.remove(daemon).is_some()

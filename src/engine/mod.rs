@@ -129,9 +129,11 @@ pub struct Engine {
     config: Config,
     random: balancer::Random,
     daemons: BTreeMap<DaemonId, Daemon>,
-    sessions: BTreeMap<SessionKey, Session>,
+    /// Hashed, because keys are looked up several times for each request. So nothing that can be seen from
+    /// outside may follow the order of this map.
+    sessions: HashMap<SessionKey, Session>,
     /// Sessions with a lease, by the source that they come from.
-    sources: BTreeMap<SessionKey, BTreeSet<SessionKey>>,
+    sources: HashMap<SessionKey, BTreeSet<SessionKey>>,
     opens: HashMap<OpenId, Open>,
     objects: Objects,
     images: Images,
@@ -151,8 +153,8 @@ impl Engine {
             config,
             random: balancer::Random::new(seed),
             daemons: BTreeMap::new(),
-            sessions: BTreeMap::new(),
-            sources: BTreeMap::new(),
+            sessions: HashMap::new(),
+            sources: HashMap::new(),
             opens: HashMap::new(),
             objects: Objects::default(),
             images: Images::default(),
@@ -196,9 +198,16 @@ impl Engine {
         self.daemons.values()
     }
 
-    /// All sessions that are bound, own something, or are remembered.
+    /// All sessions that are bound, own something, or are remembered, in the order of their keys.
     pub fn sessions(&self) -> impl Iterator<Item = (&SessionKey, &Session)> {
-        self.sessions.iter()
+        let mut sessions: Vec<_> = self.sessions.iter().collect();
+        sessions.sort_unstable_by_key(|(key, _)| *key);
+        sessions.into_iter()
+    }
+
+    /// One session.
+    pub fn session(&self, key: &SessionKey) -> Option<&Session> {
+        self.sessions.get(key)
     }
 
     /// The API range that the pool promises: of the daemons that are there, or of the last that were.

@@ -404,6 +404,7 @@ mod tests {
                 tenant: tenant.into(),
                 source: None,
                 inside: None,
+                shares_names: true,
                 class,
                 target,
                 requirements: Requirements::default(),

@@ -32,6 +32,7 @@ fn ask(key: &str, class: Class) -> Acquire {
         tenant: "default".into(),
         source: None,
         inside: None,
+        shares_names: true,
         class,
         target: None,
         requirements: Requirements::default(),
@@ -155,6 +156,7 @@ impl Pool {
             | Refusal::ApiVersion(text)
             | Refusal::Ambiguous(text)
             | Refusal::QueueFull(text)
+            | Refusal::NotFound(text)
             | Refusal::SessionLost(text) => text,
         }
     }
@@ -440,6 +442,17 @@ fn a_list_names_the_builders_also_those_whose_build_still_runs() {
     );
     pool.pass(400);
     assert!(pool.home("slow").is_some(), "its image holds it");
+}
+
+#[test]
+fn builders_that_no_list_clears_do_not_pile_up() {
+    let mut pool = Pool::of(1);
+    for i in 0..1_000 {
+        pool.pass(1);
+        pool.call(build(&format!("k{i}")));
+    }
+    let (builders, _) = pool.engine.daemons().next().unwrap().builders.all();
+    assert!(builders.len() <= 256 && builders.contains(&"k999".into()));
 }
 
 #[test]
@@ -1106,4 +1119,63 @@ fn events_and_effects_are_plain_data() {
         let text = serde_json::to_string(effect).unwrap();
         assert_eq!(&serde_json::from_str::<Effect>(&text).unwrap(), effect);
     }
+}
+
+impl Acquire {
+    /// As a CI job asks, to whom the names of other jobs mean nothing.
+    fn job(mut self) -> Self {
+        self.shares_names = false;
+        self
+    }
+}
+
+#[test]
+fn a_jobs_names_are_its_own_also_where_another_jobs_would_be_unique() {
+    let mut pool = Pool::of(2);
+    let theirs = pool.run(create("other", "busybox").job(), "aa11", Some("db"));
+    // Unbound, `docker rm -f db` must reach nobody's `db`.
+    let text = pool.refuse(follow("job").target(Kind::Container, "db").job());
+    assert_eq!(text, "No such container: db");
+    assert_eq!(pool.refuse(follow("job").target(Kind::Container, "aa1").job()), "No such container: aa1");
+    // Bound elsewhere, the own daemon says that it has none.
+    let mine = pool.run(create("job", "busybox").job(), "bb22", Some("web"));
+    assert_ne!(mine, theirs);
+    assert_eq!(pool.call(follow("job").target(Kind::Container, "db").job()), mine);
+    // A full id is a fact, and what nobody made is everybody's.
+    assert_eq!(pool.call(follow("job").target(Kind::Container, "aa11").job()), theirs);
+    let fact = Fact::Created { kind: Kind::Volume, id: "cache".into(), name: Some("cache".into()) };
+    pool.learn(&theirs, None, fact);
+    assert_eq!(pool.call(follow("new").target(Kind::Volume, "cache").job()), theirs);
+}
+
+#[test]
+fn a_jobs_network_is_made_anew_where_another_job_has_one_of_that_name() {
+    let mut pool = Pool::of(2);
+    let network = |pool: &mut Pool, key: &str, id: &str| {
+        let grant = pool.grant(ask(key, Class::Work(Work::Resource)).job());
+        let fact = Fact::Created { kind: Kind::Network, id: id.into(), name: Some("app_default".into()) };
+        pool.learn(&grant.daemon, Some(&grant), fact);
+        pool.done(&grant);
+        grant.daemon
+    };
+    let theirs = network(&mut pool, "other", "n1");
+    let mine = pool.makes("job", "app", "sha256:11");
+    assert_ne!(mine, theirs);
+    assert_eq!(pool.call(follow("job").target(Kind::Network, "app_default").job()), mine);
+    assert_eq!(network(&mut pool, "job", "n2"), mine);
+    let run = create("job", "app").beside(Kind::Network, "app_default").job();
+    assert_eq!(pool.call(run), mine);
+}
+
+#[test]
+fn what_a_terminal_adds_to_a_project_goes_where_the_project_is() {
+    let mut pool = Pool::of(2);
+    let up = pool.run(create("one", "busybox"), "aa11", Some("app-web-1"));
+    let fact = Fact::Labelled { kind: Kind::Container, id: "aa11".into(), project: "app".into() };
+    pool.learn(&up, None, fact);
+    let other = pool.makes("two", "tool", "sha256:22");
+    assert_ne!(other, up);
+    assert_eq!(pool.call(create("two", "busybox").beside(Kind::Project, "app")), up);
+    pool.learn(&up, None, Fact::Removed { kind: Kind::Container, id: "aa11".into() });
+    assert_eq!(pool.call(create("two", "busybox").beside(Kind::Project, "app")), other);
 }

@@ -140,6 +140,7 @@ impl Simulation {
             tenant: tenant.into(),
             source: self.pick(sources).map(SessionKey::from),
             inside: None,
+            shares_names: true,
             class,
             target: None,
             requirements: Requirements::default(),

@@ -48,8 +48,9 @@ impl Default for Config {
         Config {
             engine: engine::Config::default(),
             slots: None,
-            probe_interval: Duration::from_secs(2),
-            probe_deadline: Duration::from_secs(2),
+            // Together: a frozen daemon is out within 5 s, two deadlines after the probe that meets it.
+            probe_interval: Duration::from_millis(1500),
+            probe_deadline: Duration::from_millis(1500),
             connect_deadline: Duration::from_secs(5),
         }
     }
@@ -82,6 +83,8 @@ pub struct Want {
     pub source: Option<SessionKey>,
     /// The daemon that the client itself runs on.
     pub inside: Option<DaemonId>,
+    /// Whether names of what other sessions made mean anything to it.
+    pub shares_names: bool,
     /// What kind of request it is.
     pub class: Class,
     /// The object in its path.
@@ -169,7 +172,12 @@ impl Pool {
                 () = self.ticked.notified() => {}
             }
         }
-        for (_, member) in std::mem::take(&mut self.lock().daemons) {
+        self.stop();
+    }
+
+    /// Watches nothing any more: the daemons are about to be stopped, and that is no failure of theirs.
+    pub fn stop(&self) {
+        for member in self.lock().daemons.values() {
             member.watch.abort();
         }
     }
@@ -192,6 +200,7 @@ impl Pool {
                 tenant: want.tenant.clone(),
                 source: want.source.clone(),
                 inside: want.inside.clone(),
+                shares_names: want.shares_names,
                 class: want.class,
                 target: want.target.clone(),
                 requirements: want.requirements.clone(),
@@ -513,7 +522,7 @@ fn refused(refusal: Refusal) -> Error {
     match refusal {
         Refusal::NoDaemon(message) => Error::new(ErrorKind::NoDaemon, message),
         Refusal::ApiVersion(message) => Error::new(ErrorKind::BadRequest, message),
-        Refusal::Ambiguous(message) => Error::new(ErrorKind::NotFound, message),
+        Refusal::Ambiguous(message) | Refusal::NotFound(message) => Error::new(ErrorKind::NotFound, message),
         Refusal::QueueFull(message) => Error::new(ErrorKind::QueueFull, message),
         Refusal::SessionLost(message) => Error::new(ErrorKind::SessionLost, message),
     }

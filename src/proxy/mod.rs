@@ -39,7 +39,7 @@ use self::relay::{
 use self::solve::SolveTap;
 use self::wait::{Manner, Told, chunk, wait};
 use crate::drain::Drain;
-use crate::engine::model::{Class, DaemonId, Kind as ObjectKind, Outcome, Requirements, Work};
+use crate::engine::model::{Class, DaemonId, Kind as ObjectKind, ObjectRef, Outcome, Requirements, Work};
 use crate::error::{Error, Kind};
 use crate::metrics::Metrics;
 use crate::pool::{Lease, Pool, Want};
@@ -109,7 +109,7 @@ impl Connection {
             () = drain.stopping() => return Next::Close,
         };
         match first.as_deref() {
-            Ok(b"PRI ") => {
+            Ok(first) if first.starts_with(b"PRI ") => {
                 Box::pin(self.native_h2()).await;
                 Next::Close
             }
@@ -306,6 +306,7 @@ impl Connection {
         let started = Instant::now();
         let want = Want {
             inside: self.inside(),
+            shares_names: identity.interactive,
             class: Class::Work(Work::BuildKit),
             key: identity.key,
             tenant: identity.tenant,
@@ -413,8 +414,13 @@ impl Connection {
                     requirements.beside = read.beside;
                     named.project = read.project;
                 }
-                Peek::Network => (named.name, named.project) = body::network(&body),
+                Peek::Resource => (named.name, named.project) = body::resource(&body),
             }
+        }
+        // What a terminal adds to a compose project that went up in another one goes where the project is.
+        if let Some(project) = named.project.as_ref().filter(|_| identity.interactive) {
+            let project = ObjectRef { kind: ObjectKind::Project, reference: project.clone() };
+            requirements.beside.insert(0, project);
         }
         // Terminals of one machine see each other's compose projects: `up` in one, `down` in the other. Two CI
         // jobs with the same project name must not.
@@ -424,6 +430,7 @@ impl Connection {
             tenant: identity.tenant,
             source: identity.source,
             inside: self.inside(),
+            shares_names: identity.interactive,
             class: route.class,
             target,
             requirements,
