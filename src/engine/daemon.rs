@@ -26,6 +26,8 @@ pub struct Daemon {
     pub sessions: BTreeSet<SessionKey>,
     /// Why it is refused, if its API range does not meet the others'.
     pub misfit: Option<String>,
+    /// Whether it is still waited for, while it starts.
+    pub(super) expected: bool,
     /// Its name's hash, for the placing of reads.
     pub(super) hash: u64,
     /// Who may have made an image of which only an event or a list tells.
@@ -49,6 +51,7 @@ impl Daemon {
             used: 0,
             sessions: BTreeSet::new(),
             misfit: None,
+            expected: true,
             builders: Builders::default(),
             fixed_slots: slots,
             failures: 0,

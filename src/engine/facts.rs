@@ -168,6 +168,7 @@ impl Engine {
             if let Some(d) = self.daemons.get_mut(daemon) {
                 d.used = d.used + after - before;
             }
+            self.queue.changed |= after < before;
         }
         self.settle(key, now);
     }

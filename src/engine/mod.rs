@@ -12,6 +12,7 @@ mod members;
 pub mod model;
 mod objects;
 mod placement;
+mod queue;
 #[cfg(test)]
 mod rules;
 mod session;
@@ -43,6 +44,16 @@ pub struct Config {
     pub memory: Time,
     /// How long an unpushed image holds the session that made it to its daemon after its last request.
     pub image_hold: Time,
+    /// How many tickets may wait. With 0 there is no queue: a full pool shares its least loaded daemon.
+    pub queue_limit: usize,
+    /// How many of them may be one tenant's.
+    pub tenant_waiting: Option<usize>,
+    /// How many slots one tenant may hold.
+    pub tenant_slots: Option<u32>,
+    /// How long a ticket may wait.
+    pub max_wait: Time,
+    /// How long a daemon that has not answered yet is waited for, from when it was first observed.
+    pub patience: Time,
     /// Failed probes in a row that eject a daemon.
     pub eject_after: u32,
     /// Good probes in a row that bring it back.
@@ -59,6 +70,11 @@ impl Default for Config {
             unstarted: Time::from_secs(60),
             memory: Time::from_secs(4 * 3600),
             image_hold: Time::from_secs(12 * 3600),
+            queue_limit: 1000,
+            tenant_waiting: None,
+            tenant_slots: None,
+            max_wait: Time::from_secs(3600),
+            patience: Time::from_secs(120),
             eject_after: 2,
             recover_after: 2,
             epoch: 1,
@@ -102,6 +118,9 @@ struct Open {
 enum Timer {
     Session(SessionKey),
     Container(DaemonId, String),
+    Ticket(RequestId),
+    /// The patience with a daemon that starts is over.
+    Patience(DaemonId),
 }
 
 /// The state machine.
@@ -119,6 +138,7 @@ pub struct Engine {
     objects: Objects,
     images: Images,
     timers: BTreeSet<(Time, Timer)>,
+    queue: queue::Queue,
     range: Option<(ApiVersion, ApiVersion)>,
     /// Collected while one event is handled.
     effects: Vec<Effect>,
@@ -139,6 +159,7 @@ impl Engine {
             objects: Objects::default(),
             images: Images::default(),
             timers: BTreeSet::new(),
+            queue: queue::Queue::default(),
             range: None,
             effects: Vec::new(),
             next_open: 0,
@@ -158,8 +179,10 @@ impl Engine {
             Event::Replaced { daemon } => self.replaced(&daemon, now),
             Event::Inventory { daemon, began, inventory } => self.inventory(&daemon, began, inventory, now),
             Event::Images { daemon, began, images } => self.relist(&daemon, began, &images, now),
+            Event::Abandon(request) => self.abandon(request),
             Event::Tick => self.tick(now),
         }
+        self.admit_waiting(now);
         #[cfg(debug_assertions)]
         self.check_invariants();
         std::mem::take(&mut self.effects)
@@ -210,8 +233,18 @@ impl Engine {
     }
 
     fn acquire(&mut self, acquire: Acquire, now: Time) {
+        let placement = self.place(&acquire);
+        if self.must_wait(&acquire, &placement) {
+            self.enqueue(acquire, now);
+        } else {
+            self.grant(acquire, placement, now);
+        }
+    }
+
+    /// Carries out a placement.
+    fn grant(&mut self, acquire: Acquire, placement: Placement, now: Time) {
         let request = acquire.request;
-        let (daemon, bind, free) = match self.place(&acquire) {
+        let (daemon, bind, free) = match placement {
             Placement::Bind(daemon) => (daemon, true, false),
             Placement::Route(daemon) => (daemon, false, false),
             Placement::Any(daemon) => (daemon, false, true),
@@ -333,6 +366,7 @@ impl Engine {
             d.used -= slots;
             d.sessions.remove(key);
         }
+        self.queue.changed = true;
         for group in groups {
             if let Some(siblings) = self.sources.get_mut(&group) {
                 siblings.remove(key);
@@ -426,10 +460,14 @@ impl Engine {
                 session.linger = None;
             } else if session.slots > 0 {
                 // The last unit has just ended, or it ended a while ago and the linger runs.
-                let until = *session.linger.get_or_insert(now + self.config.linger);
+                // One that waits with more work takes its turn with the others instead.
+                let linger = if self.queue.has_of(key) { Time::ZERO } else { self.config.linger };
+                let until = *session.linger.get_or_insert(now + linger);
                 slots = u32::from(now < until);
             }
             if slots != session.slots {
+                // Fewer make room; the first one lets in what the session itself waits with.
+                self.queue.changed = true;
                 if let Some(daemon) = self.daemons.get_mut(&home.daemon) {
                     daemon.used = daemon.used + slots - session.slots;
                 }
@@ -477,6 +515,12 @@ impl Engine {
             match timer {
                 Timer::Session(key) => self.session_due(&key, now),
                 Timer::Container(daemon, id) => self.container_due(&daemon, &id, now),
+                Timer::Ticket(request) => self.ticket_due(request, now),
+                Timer::Patience(daemon) => {
+                    if let Some(d) = self.daemons.get_mut(&daemon) {
+                        d.expected = false;
+                    }
+                }
             }
         }
     }

@@ -191,6 +191,8 @@ pub enum Refusal {
     NotFound(String),
     /// The session's daemon has gone, and everything on it.
     SessionLost(String),
+    /// The queue is full, or the longest wait is over.
+    QueueFull(String),
 }
 
 /// How a request or stream ended, as far as it matters to decisions.
@@ -420,6 +422,8 @@ pub enum Event {
         /// How.
         outcome: Outcome,
     },
+    /// The client of a request that waits has gone.
+    Abandon(RequestId),
     /// Time has passed: leases, lingers and graces run out.
     Tick,
 }
@@ -441,6 +445,24 @@ pub enum Effect {
         /// session has been there yet, and no fact led there. To try, release it as
         /// [`Outcome::Unreached`] and acquire again.
         fresh: bool,
+    },
+    /// The request waits for a slot.
+    Queued {
+        /// Which request.
+        request: RequestId,
+        /// Whose.
+        key: SessionKey,
+        /// Who waits.
+        tenant: Tenant,
+    },
+    /// A request has waited and is granted next.
+    Admitted {
+        /// Which request.
+        request: RequestId,
+        /// Who waited.
+        tenant: Tenant,
+        /// How long.
+        waited: Time,
     },
     /// The request gets no daemon.
     Refused {

@@ -214,7 +214,7 @@ impl Engine {
     }
 
     /// The daemon that the session belongs to: its own binding, else that of its client's other connections.
-    fn home_of(&self, acquire: &Acquire) -> Option<DaemonId> {
+    pub(super) fn home_of(&self, acquire: &Acquire) -> Option<DaemonId> {
         if let Some(own) = self.home(&acquire.key) {
             return Some(own.clone());
         }

@@ -92,7 +92,8 @@ impl Pool {
 
     fn seeded(daemons: usize, seed: u64) -> Self {
         let mut pool = Pool {
-            engine: Engine::new(Config::default(), seed),
+            // The queue has rules of its own.
+            engine: Engine::new(Config { queue_limit: 0, ..Config::default() }, seed),
             now: Time::from_secs(1),
             requests: 0,
             told: Vec::new(),
@@ -154,6 +155,7 @@ impl Pool {
             Refusal::NoDaemon(text)
             | Refusal::ApiVersion(text)
             | Refusal::Ambiguous(text)
+            | Refusal::QueueFull(text)
             | Refusal::NotFound(text)
             | Refusal::SessionLost(text) => text,
         }

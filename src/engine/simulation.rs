@@ -58,7 +58,7 @@ struct Simulation {
 
 impl Simulation {
     fn new(seed: u64, trace: bool) -> Self {
-        let config = Config { memory: Time::from_secs(48 * 3600), ..Config::default() };
+        let config = Config { memory: Time::from_secs(48 * 3600), queue_limit: 0, ..Config::default() };
         Simulation {
             engine: Engine::new(config.clone(), seed),
             shadow: Shadow::new(config),

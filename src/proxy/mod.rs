@@ -20,6 +20,7 @@ mod local;
 pub mod peer;
 pub mod relay;
 mod solve;
+mod wait;
 
 use std::io;
 use std::net::SocketAddr;
@@ -32,10 +33,11 @@ use self::learn::{Named, Watcher};
 use self::peer::Peers;
 use self::relay::h2::PREFACE;
 use self::relay::{
-    Framing, HeadError, Options, RequestHead, ResponseHead, Side, TunnelCause, TunnelKind, exchange, refuse,
-    tunnel,
+    Framing, HeadError, Options, RequestHead, ResponseHead, Side, TunnelCause, TunnelKind, Version, exchange,
+    refuse, tunnel,
 };
 use self::solve::SolveTap;
+use self::wait::{Manner, Told, chunk, wait};
 use crate::drain::Drain;
 use crate::engine::model::{Class, DaemonId, Kind as ObjectKind, ObjectRef, Outcome, Requirements, Work};
 use crate::error::{Error, Kind};
@@ -152,8 +154,19 @@ impl Connection {
             return self.refuse(&Error::new(Kind::NotImplemented, why), head_only).await;
         }
         match route.local {
+            Some(Local::Ping) if self.proxy.pool.queue_is_full() => {
+                // BuildKit can only be refused here: anywhere later buildx falls back to another driver.
+                let refused = match self.identify(&Prefix::default(), head.header(HEADER)).await {
+                    Ok(identity) => self.proxy.pool.refuses(&identity.key),
+                    Err(error) => return self.refuse(&error, head_only).await,
+                };
+                let answer = local::ping(&self.proxy.pool, head_only, head.keep_alive, refused);
+                return self.answer(&head, answer).await;
+            }
             Some(Local::Ping) => {
-                return self.answer(&head, local::ping(&self.proxy.pool, head_only, head.keep_alive)).await;
+                return self
+                    .answer(&head, local::ping(&self.proxy.pool, head_only, head.keep_alive, false))
+                    .await;
             }
             Some(Local::Version) => match local::version(&self.proxy.pool, head.keep_alive) {
                 Ok(answer) => return self.answer(&head, answer).await,
@@ -174,15 +187,20 @@ impl Connection {
             Ok(want) => want,
             Err(error) => return self.refuse(&error, head_only).await,
         };
-        let (lease, daemon) = match Box::pin(self.reach(&want)).await {
+        let mut told = Told::default();
+        let (lease, daemon) = match Box::pin(self.reach(&want, manner(&head, &route), &mut told)).await {
             Ok(reached) => reached,
+            Err(error) if error.kind == Kind::ClientGone => {
+                self.done(&route, &want, None, started, word(Outcome::ClientGone));
+                return Next::Close;
+            }
             Err(error) => {
                 self.done(&route, &want, None, started, "refused");
-                return self.refuse(&error, head_only).await;
+                return self.tell(&error, head_only, told).await;
             }
         };
         self.proxy.metrics.added.observe(started.elapsed().as_secs_f64());
-        Box::pin(self.relay(head, route, want, named, lease, daemon, started)).await
+        Box::pin(self.relay(head, route, want, named, lease, daemon, told, started)).await
     }
 
     /// Relays one request and its response, and the tunnel that it may become.
@@ -195,10 +213,11 @@ impl Connection {
         named: Named,
         lease: Lease,
         mut daemon: Side,
+        told: Told,
         started: Instant,
     ) -> Next {
         let head_only = head.method() == "HEAD";
-        let options = Options { hijack: route.hijack };
+        let options = Options { hijack: route.hijack, answered: told.answered };
         let open = self.proxy.metrics.streams.with_label_values(&["exchange"]);
         open.inc();
         let mut watcher = Watcher::new(&lease, route.learn.as_ref(), &named, route.json_stream);
@@ -223,6 +242,12 @@ impl Connection {
                 lease.finish(outcome);
                 Next::Close
             }
+            relay::Outcome::Unanswered { status } => {
+                let error = said(&mut daemon, status).await;
+                self.done(&route, &want, Some(&lease), started, "done");
+                lease.finish(Outcome::Done);
+                self.tell(&error, head_only, told).await
+            }
             relay::Outcome::ClientGone => {
                 self.done(&route, &want, Some(&lease), started, word(Outcome::ClientGone));
                 lease.finish(Outcome::ClientGone);
@@ -231,7 +256,7 @@ impl Connection {
             relay::Outcome::BadRequest { error, answerable } => {
                 self.done(&route, &want, Some(&lease), started, "bad-request");
                 lease.finish(Outcome::Aborted);
-                if answerable { self.refuse(&error, head_only).await } else { Next::Close }
+                if answerable { self.tell(&error, head_only, told).await } else { Next::Close }
             }
             relay::Outcome::DaemonFailed(failure) => {
                 self.done(&route, &want, Some(&lease), started, word(Outcome::DaemonFailed));
@@ -241,7 +266,7 @@ impl Connection {
                 );
                 lease.finish(Outcome::DaemonFailed);
                 if failure.before_response {
-                    self.refuse(&error, head_only).await
+                    self.tell(&error, head_only, told).await
                 } else {
                     self.proxy.metrics.errors.with_label_values(&[error.fault().as_str()]).inc();
                     Next::Close
@@ -289,7 +314,8 @@ impl Connection {
             target: None,
             requirements: Requirements::default(),
         };
-        let reached = self.reach(&want).await;
+        let mut told = Told::default();
+        let reached = self.reach(&want, Manner::Http2, &mut told).await;
         let (lease, mut daemon) = match reached {
             Ok(reached) => reached,
             Err(error) => {
@@ -310,7 +336,7 @@ impl Connection {
         }
         self.proxy.metrics.added.observe(started.elapsed().as_secs_f64());
         let outcome = {
-            let mut tap = SolveTap::new(&lease);
+            let mut tap = SolveTap::new(&lease, told.settings);
             self.tunnel(&mut daemon, TunnelKind::H2, Some(&mut tap)).await
         };
         self.done(route, &want, Some(&lease), started, word(outcome));
@@ -447,10 +473,11 @@ impl Connection {
 
     /// A daemon for the request, and a connection to it. Another daemon is tried only while no byte of the
     /// request has reached one and the session was not bound before: a bound session never silently moves.
-    async fn reach(&mut self, want: &Want) -> Result<(Lease, Side), Error> {
+    async fn reach(&mut self, want: &Want, manner: Manner, told: &mut Told) -> Result<(Lease, Side), Error> {
         let mut tried: Vec<DaemonId> = Vec::new();
         loop {
-            let lease = self.proxy.pool.acquire(want).await?;
+            let ticket = self.proxy.pool.acquire(want).await;
+            let lease = wait(&mut self.client, ticket, manner, told).await?;
             let id = lease.daemon().id.clone();
             if let Some((kept, side)) = self.kept.take()
                 && kept == id
@@ -502,6 +529,18 @@ impl Connection {
         Next::Close
     }
 
+    /// As [`Self::refuse`], also where the client has been answered while it waited: then within its stream.
+    async fn tell(&mut self, error: &Error, head_only: bool, told: Told) -> Next {
+        if !told.answered {
+            return self.refuse(error, head_only).await;
+        }
+        self.proxy.metrics.errors.with_label_values(&[error.fault().as_str()]).inc();
+        tracing::info!(fault = error.fault().as_str(), "{error}");
+        // No terminating chunk: what failed must not look complete.
+        refuse(&mut self.client, chunk(&error.stream_line()).as_bytes()).await;
+        Next::Close
+    }
+
     fn count_bytes(&self, up: u64, down: u64) {
         self.proxy.metrics.bytes.with_label_values(&["up"]).inc_by(up);
         self.proxy.metrics.bytes.with_label_values(&["down"]).inc_by(down);
@@ -528,6 +567,37 @@ impl Connection {
             "request"
         );
     }
+}
+
+/// How the client of this request can be told that it waits. `build -q` prints its whole stream as the image's
+/// id, and import prints to standard output (CLI 28.2.2, measured).
+fn manner(head: &RequestHead, route: &Route) -> Manner {
+    let quiet =
+        head.query().and_then(|q| classify::parameter(q, "q")).is_some_and(|q| q == "1" || q == "true");
+    match route.class {
+        Class::Work(Work::Build | Work::Pull) if !quiet && head.version == Version::Http11 => {
+            Manner::Lines(route.api)
+        }
+        Class::Work(Work::Load) if route.label == "images/load" && head.version == Version::Http11 => {
+            Manner::Lines(route.api)
+        }
+        _ => Manner::Silent,
+    }
+}
+
+/// What a daemon said instead of the 200 that its client has already: its own message, if it is one.
+async fn said(daemon: &mut Side, status: u16) -> Error {
+    let mut message = format!("the daemon answered {status}");
+    if let Ok(head) = daemon.read_response().await
+        && let Ok(head) = ResponseHead::parse(&head, false)
+        && let Framing::Length(length @ 1..=65_536) = head.framing
+        && let Ok(body) = daemon.peek(length as usize).await
+        && let Ok(body) = serde_json::from_slice::<serde_json::Value>(body)
+        && let Some(text) = body["message"].as_str()
+    {
+        message = text.to_string();
+    }
+    Error::new(Kind::DaemonUnreachable, message)
 }
 
 fn class_word(class: Class) -> &'static str {

@@ -43,13 +43,13 @@ impl Pool {
         for path in dockerds {
             args.extend(["--dockerd".into(), path.display().to_string()]);
         }
-        PoolBuilder { command: "up", args, env: Vec::new(), up: true }
+        PoolBuilder { command: "up", args, env: roomy(), up: true }
     }
 
     /// A proxy in front of daemons that somebody else runs.
     pub fn serve<'a>(daemons: impl IntoIterator<Item = &'a Addr>) -> PoolBuilder {
         let args = daemons.into_iter().flat_map(|addr| ["--daemon".into(), addr.url()]).collect();
-        PoolBuilder { command: "serve", args, env: Vec::new(), up: false }
+        PoolBuilder { command: "serve", args, env: roomy(), up: false }
     }
 
     /// What `DOCKER_HOST` is to be.
@@ -166,6 +166,11 @@ impl Drop for Pool {
             super::say(format!("--- the pool's log ends with\n{}", tail(&self.log(), 60)));
         }
     }
+}
+
+/// Slots enough that nobody waits, whatever a scenario leaves running; the queue has suites of its own.
+fn roomy() -> Vec<(String, String)> {
+    vec![("DINDPOOL_SLOTS".into(), "64".into())]
 }
 
 impl PoolBuilder {
