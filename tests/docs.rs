@@ -76,7 +76,8 @@ fn every_metric_is_in_the_table_as_it_is_in_the_source() {
             other => panic!("{name}: what does {other} make?"),
         };
         let mut labels = Vec::new();
-        if maker.ends_with('s') {
+        let before = before.trim_end().trim_end_matches("HistogramOpts::new(").trim_end();
+        if maker.ends_with('s') || before.ends_with("HistogramVec::new(") {
             let list = rest.split("&[").nth(1).unwrap().split(']').next().unwrap();
             labels = list.split('"').skip(1).step_by(2).map(|l| format!("`{l}`")).collect();
         }
@@ -170,6 +171,7 @@ fn the_durations_in_help_are_the_ones_that_apply() {
     for (flag, applies) in [
         ("--session-grace", pool.engine.grace),
         ("--slot-linger", pool.engine.linger),
+        ("--queue-wait", pool.engine.max_wait),
         ("--probe-interval", pool.probe_interval),
         ("--probe-deadline", pool.probe_deadline),
         ("--connect-deadline", pool.connect_deadline),
