@@ -101,12 +101,10 @@ pub async fn serve(proxy: Arc<Proxy>, listener: Arc<ListenerIdentity>, stream: S
 impl Connection {
     /// Looks at what the client speaks.
     async fn first_bytes(&mut self) -> Next {
-        let drain = self.proxy.drain.clone();
-        let first = tokio::select! {
-            first = self.client.peek(4) => first.map(<[u8]>::to_vec),
-            () = drain.stopping() => return Next::Close,
+        let Some(first) = self.proxy.drain.unless_stopping(self.client.peek(4)).await else {
+            return Next::Close;
         };
-        match first.as_deref() {
+        match first {
             Ok(b"PRI ") => {
                 Box::pin(self.native_h2()).await;
                 Next::Close
@@ -121,11 +119,13 @@ impl Connection {
     }
 
     async fn next_request(&mut self) -> Next {
-        let drain = self.proxy.drain.clone();
-        let head = tokio::select! {
-            head = self.client.read_head() => head,
-            () = drain.stopping(), if self.client.buffered().is_empty() => return Next::Close,
+        // A client that has begun a request may end it.
+        let head = if self.client.buffered().is_empty() {
+            self.proxy.drain.unless_stopping(self.client.read_head()).await
+        } else {
+            Some(self.client.read_head().await)
         };
+        let Some(head) = head else { return Next::Close };
         match head {
             Ok(Some(head)) => {
                 let next = self.request(head).await;
@@ -199,7 +199,7 @@ impl Connection {
     ) -> Next {
         let head_only = head.method() == "HEAD";
         let options = Options { hijack: route.hijack };
-        let open = self.proxy.metrics.streams.with_label_values(&["exchange"]);
+        let open = self.proxy.metrics.exchanges.clone();
         open.inc();
         let mut watcher = Watcher::new(&lease, route.learn.as_ref(), &named, route.json_stream);
         let result = exchange(&mut self.client, &mut daemon, &head, options, &mut watcher).await;
@@ -322,7 +322,7 @@ impl Connection {
         kind: TunnelKind,
         tap: Option<&mut dyn relay::Tap>,
     ) -> Outcome {
-        let open = self.proxy.metrics.streams.with_label_values(&["tunnel"]);
+        let open = self.proxy.metrics.tunnels.clone();
         open.inc();
         let end = tunnel(&mut self.client, daemon, kind, tap).await;
         open.dec();
@@ -496,8 +496,8 @@ impl Connection {
     }
 
     fn count_bytes(&self, up: u64, down: u64) {
-        self.proxy.metrics.bytes.with_label_values(&["up"]).inc_by(up);
-        self.proxy.metrics.bytes.with_label_values(&["down"]).inc_by(down);
+        self.proxy.metrics.bytes_up.inc_by(up);
+        self.proxy.metrics.bytes_down.inc_by(down);
     }
 
     /// One log line and one count for each request that is over.
