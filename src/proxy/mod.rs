@@ -341,12 +341,8 @@ impl Connection {
             self.source = Some(match self.origin {
                 Origin::Unix(pid, uid) => self.proxy.peers.unix(pid, uid),
                 Origin::Tcp(client, server) if client.ip().to_canonical().is_loopback() => {
-                    let peers = self.proxy.peers.clone();
                     let canonical = |a: SocketAddr| SocketAddr::new(a.ip().to_canonical(), a.port());
-                    let (client, server) = (canonical(client), canonical(server));
-                    tokio::task::spawn_blocking(move || peers.loopback(client, server))
-                        .await
-                        .unwrap_or(Source::Ip(client.ip()))
+                    self.proxy.peers.clone().loopback(canonical(client), canonical(server)).await
                 }
                 Origin::Tcp(client, _) => Source::Ip(client.ip().to_canonical()),
             });
