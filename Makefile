@@ -60,7 +60,7 @@ doc: ## the library's documentation; a broken link is a fault
 
 .PHONY: deny
 deny: $(DENY) ## licences, bans and sources of all dependencies (deny.toml)
-	$(DENY) --locked check licenses bans sources
+	$(DENY) --locked check --hide-inclusion-graph licenses bans sources
 
 # Minutes, once for each user: beside other work, so with the least priority.
 $(DENY):

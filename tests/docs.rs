@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use clap::CommandFactory;
 use dindpool::cli::Cli;
-use dindpool::config::{Faults, Raw};
+use dindpool::config::{Faults, Raw, duration};
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -160,6 +160,23 @@ fn every_flag_is_documented_with_its_variable_and_default() {
     for row in rows(&document).filter(|r| r[0].starts_with("`--")) {
         let flag = row[0].trim_matches('`').split(' ').next().unwrap();
         assert!(all.contains(flag), "{flag} is documented and does not exist");
+    }
+}
+
+#[test]
+fn the_durations_in_help_are_the_ones_that_apply() {
+    let settings = Raw::default().validate(false).unwrap();
+    let pool = &settings.pool;
+    for (flag, applies) in [
+        ("--session-grace", pool.engine.grace),
+        ("--slot-linger", pool.engine.linger),
+        ("--probe-interval", pool.probe_interval),
+        ("--probe-deadline", pool.probe_deadline),
+        ("--connect-deadline", pool.connect_deadline),
+        ("--shutdown-grace", settings.shutdown_grace),
+    ] {
+        let (_, _, told) = flags("serve").into_iter().find(|(name, ..)| name == flag).unwrap();
+        assert_eq!(duration(&told.unwrap()), Some(applies), "{flag}");
     }
 }
 

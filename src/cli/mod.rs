@@ -71,10 +71,10 @@ pub struct Common {
     /// [default: CI_JOB_ID, BUILD_TAG, GITHUB_RUN_ID+GITHUB_RUN_ATTEMPT]
     #[arg(long, env = "DINDPOOL_SESSION_ENV", value_name = "NAME", value_delimiter = ',')]
     session_env: Vec<String>,
-    /// Time between two probes of a daemon [default: 2s]
+    /// Time between two probes of a daemon [default: 1.5s]
     #[arg(long, env = "DINDPOOL_PROBE_INTERVAL", value_name = "TIME")]
     probe_interval: Option<String>,
-    /// How long a probe may take [default: 2s]
+    /// How long a probe may take [default: 1.5s]
     #[arg(long, env = "DINDPOOL_PROBE_DEADLINE", value_name = "TIME")]
     probe_deadline: Option<String>,
     /// How long connecting to a daemon may take [default: 5s]
