@@ -1,7 +1,11 @@
 //! Counts connections and ends them in order: no new ones, idle ones at once, open ones within a grace, the
 //! rest by force.
 
-use std::future::Future;
+use std::future::{Future, poll_fn};
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::Poll;
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
@@ -11,8 +15,27 @@ use tokio_util::task::TaskTracker;
 #[derive(Debug, Clone, Default)]
 pub struct Drain {
     tasks: TaskTracker,
-    stopping: CancellationToken,
-    aborted: CancellationToken,
+    stopping: Signal,
+    aborted: Signal,
+}
+
+/// Given once. The flag is what is looked at on every request and every wake-up: looking at a token takes a
+/// lock that all connections share.
+#[derive(Debug, Clone, Default)]
+struct Signal {
+    given: Arc<AtomicBool>,
+    token: CancellationToken,
+}
+
+impl Signal {
+    fn give(&self) {
+        self.given.store(true, Ordering::Release);
+        self.token.cancel();
+    }
+
+    fn is_given(&self) -> bool {
+        self.given.load(Ordering::Acquire)
+    }
 }
 
 impl Drain {
@@ -21,25 +44,47 @@ impl Drain {
         Drain::default()
     }
 
-    /// Runs a connection. It is dropped where it stands when the grace is over.
+    /// Runs a connection. It is woken when the drain begins, and dropped where it stands when the grace is
+    /// over.
     pub fn spawn(&self, connection: impl Future<Output = ()> + Send + 'static) {
-        let aborted = self.aborted.clone();
+        let Drain { stopping, aborted, .. } = self.clone();
         self.tasks.spawn(async move {
-            tokio::select! {
-                () = connection => {}
-                () = aborted.cancelled() => {}
-            }
+            let mut wake = pin!(stopping.token.cancelled());
+            let mut cut = pin!(aborted.token.cancelled());
+            let mut connection = pin!(connection);
+            let mut watching = false;
+            poll_fn(|cx| {
+                // Asked once, so that they wake this task, whose waker never changes.
+                if !watching {
+                    watching = true;
+                    let _ = (wake.as_mut().poll(cx), cut.as_mut().poll(cx));
+                }
+                if aborted.is_given() { Poll::Ready(()) } else { connection.as_mut().poll(cx) }
+            })
+            .await;
         });
+    }
+
+    /// Waits for what an idle connection waits for; None when the drain begins first. Only within a task of
+    /// [`Drain::spawn`], which wakes it then.
+    pub async fn unless_stopping<T>(&self, idle: impl Future<Output = T>) -> Option<T> {
+        let mut idle = pin!(idle);
+        poll_fn(|cx| match idle.as_mut().poll(cx) {
+            Poll::Ready(value) => Poll::Ready(Some(value)),
+            Poll::Pending if self.is_stopping() => Poll::Ready(None),
+            Poll::Pending => Poll::Pending,
+        })
+        .await
     }
 
     /// Completes when the drain has begun.
     pub async fn stopping(&self) {
-        self.stopping.cancelled().await;
+        self.stopping.token.cancelled().await;
     }
 
     /// Whether the drain has begun.
     pub fn is_stopping(&self) -> bool {
-        self.stopping.is_cancelled()
+        self.stopping.is_given()
     }
 
     /// Connections that are open.
@@ -49,13 +94,13 @@ impl Drain {
 
     /// Begins the drain and waits for its end, at most `grace`. Returns how many connections were cut.
     pub async fn finish(&self, grace: Duration) -> usize {
-        self.stopping.cancel();
+        self.stopping.give();
         self.tasks.close();
         if tokio::time::timeout(grace, self.tasks.wait()).await.is_ok() {
             return 0;
         }
         let cut = self.tasks.len();
-        self.aborted.cancel();
+        self.aborted.give();
         self.tasks.wait().await;
         cut
     }
@@ -70,6 +115,11 @@ mod tests {
         let drain = Drain::new();
         let inner = drain.clone();
         drain.spawn(async move { inner.stopping().await });
+        let inner = drain.clone();
+        drain.spawn(
+            async move { assert_eq!(inner.unless_stopping(std::future::pending::<()>()).await, None) },
+        );
+        tokio::task::yield_now().await;
         assert_eq!(drain.finish(Duration::from_secs(60)).await, 0);
     }
 

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use dindpool::cli::{self, Cli};
 use dindpool::provision::process::{self, EXEC_DAEMON};
+use dindpool::telemetry;
 
 fn main() -> ExitCode {
     // Before any thread exists: this enters namespaces and becomes dockerd.
@@ -13,7 +14,9 @@ fn main() -> ExitCode {
     if arguments.get(1).is_some_and(|a| a == EXEC_DAEMON) {
         process::launch::exec_daemon(&arguments[2..]);
     }
-    match cli::run(Cli::parse()) {
+    let result = cli::run(Cli::parse());
+    telemetry::flush();
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("dindpool: {error:#}");

@@ -41,10 +41,14 @@ pub struct Metrics {
     pub requests: IntCounterVec,
     /// Errors that the proxy itself answered, by whose fault.
     pub errors: IntCounterVec,
-    /// Exchanges and tunnels that are open, by kind (`exchange`, `tunnel`).
-    pub streams: IntGaugeVec,
-    /// Bytes relayed, by direction (`up` to daemons, `down` to clients).
-    pub bytes: IntCounterVec,
+    /// Exchanges that are open.
+    pub exchanges: IntGauge,
+    /// Tunnels that are open.
+    pub tunnels: IntGauge,
+    /// Bytes relayed to daemons.
+    pub bytes_up: IntCounter,
+    /// Bytes relayed to clients.
+    pub bytes_down: IntCounter,
     /// What the proxy adds before a request reaches its daemon: key, admission, connection.
     pub added: Histogram,
     /// Leases that began.
@@ -104,6 +108,10 @@ impl Metrics {
             &["tenant"],
         )?;
         registry.register(Box::new(wait.clone()))?;
+        // Every request counts on these: finding a series by its labels hashes them, under a lock.
+        let streams = gauges("dindpool_streams", "Exchanges and tunnels that are open.", &["kind"])?;
+        let bytes =
+            counters("dindpool_bytes_total", "Bytes relayed, up to daemons or down.", &["direction"])?;
         let info = gauges("dindpool_build_info", "Always 1; the labels say what runs.", &["version"])?;
         info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         Ok(Metrics {
@@ -142,8 +150,10 @@ impl Metrics {
                 "Errors that the proxy itself answered, by whose fault they were.",
                 &["fault"],
             )?,
-            streams: gauges("dindpool_streams", "Exchanges and tunnels that are open.", &["kind"])?,
-            bytes: counters("dindpool_bytes_total", "Bytes relayed, up to daemons or down.", &["direction"])?,
+            exchanges: streams.with_label_values(&["exchange"]),
+            tunnels: streams.with_label_values(&["tunnel"]),
+            bytes_up: bytes.with_label_values(&["up"]),
+            bytes_down: bytes.with_label_values(&["down"]),
             leases: counter("dindpool_leases_total", "Leases that began.")?,
             leases_lost: counter("dindpool_leases_lost_total", "Leases lost with their daemon.")?,
             probes: counters("dindpool_probes_total", "Probes by outcome.", &["outcome"])?,

@@ -8,7 +8,9 @@ pub mod fixed;
 pub mod process;
 
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsFd;
 use std::path::PathBuf;
+use std::time::Duration;
 use std::{fmt, io};
 
 use serde::{Deserialize, Serialize};
@@ -104,11 +106,10 @@ impl Endpoint {
 ///
 /// # Errors
 /// What setsockopt(2) says.
-pub fn keepalive(stream: &TcpStream) -> io::Result<()> {
-    use std::time::Duration;
+pub fn keepalive(socket: &impl AsFd) -> io::Result<()> {
     let probes = socket2::TcpKeepalive::new()
         .with_time(Duration::from_secs(15))
         .with_interval(Duration::from_secs(5))
         .with_retries(3);
-    socket2::SockRef::from(stream).set_tcp_keepalive(&probes)
+    socket2::SockRef::from(socket).set_tcp_keepalive(&probes)
 }

@@ -71,7 +71,13 @@ impl Bound {
     /// What bind(2) says, and when another process listens on the Unix socket.
     pub async fn new(address: &Address) -> io::Result<Self> {
         match address {
-            Address::Tcp(address) => Ok(Bound::Tcp(TcpListener::bind(address).await?)),
+            Address::Tcp(address) => {
+                let listener = TcpListener::bind(address).await?;
+                // Accepted sockets inherit both: no system calls for each.
+                socket2::SockRef::from(&listener).set_tcp_nodelay(true)?;
+                keepalive(&listener)?;
+                Ok(Bound::Tcp(listener))
+            }
             Address::Unix(path) => {
                 remove_stale(path)?;
                 let listener = UnixListener::bind(path)?;
@@ -103,8 +109,6 @@ impl Bound {
         match self {
             Bound::Tcp(listener) => {
                 let (stream, client) = listener.accept().await?;
-                stream.set_nodelay(true)?;
-                keepalive(&stream)?;
                 let server = stream.local_addr()?;
                 Ok((Stream::Tcp(stream), Origin::Tcp(client, server)))
             }
@@ -146,6 +150,8 @@ fn remove_stale(path: &Path) -> io::Result<()> {
 /// Accepts clients until the drain begins.
 pub async fn run(proxy: Arc<Proxy>, identity: Arc<ListenerIdentity>, bound: Bound) {
     let kind = bound.kind();
+    let accepted_total = proxy.metrics.accepted.with_label_values(&[kind]);
+    let open = proxy.metrics.connections.with_label_values(&[kind]);
     loop {
         let accepted = tokio::select! {
             accepted = bound.accept() => accepted,
@@ -153,9 +159,8 @@ pub async fn run(proxy: Arc<Proxy>, identity: Arc<ListenerIdentity>, bound: Boun
         };
         match accepted {
             Ok((stream, origin)) => {
-                proxy.metrics.accepted.with_label_values(&[kind]).inc();
-                let open = proxy.metrics.connections.with_label_values(&[kind]);
-                let (connection, identity) = (proxy.clone(), identity.clone());
+                accepted_total.inc();
+                let (connection, identity, open) = (proxy.clone(), identity.clone(), open.clone());
                 // A panic ends this task and its connection; the guards in it give everything back.
                 proxy.drain.spawn(async move {
                     open.inc();
@@ -196,6 +201,18 @@ mod tests {
         for bad in ["0.0.0.0:2375", "tcp://a:x", "unix://x", "http://a:1", "tcp://a:99999"] {
             assert!(parse(bad).is_err(), "{bad}");
         }
+    }
+
+    #[tokio::test]
+    async fn accepted_sockets_inherit_what_the_listener_has() {
+        let bound = Bound::new(&Address::Tcp("127.0.0.1:0".into())).await.unwrap();
+        let address = bound.address().strip_prefix("tcp://").unwrap().to_string();
+        let _client = tokio::net::TcpStream::connect(address).await.unwrap();
+        let (Stream::Tcp(stream), _) = bound.accept().await.unwrap() else { panic!("not TCP") };
+        let socket = socket2::SockRef::from(&stream);
+        assert!(socket.tcp_nodelay().unwrap() && socket.keepalive().unwrap());
+        assert_eq!(socket.tcp_keepalive_time().unwrap(), Duration::from_secs(15));
+        assert_eq!(socket.tcp_keepalive_interval().unwrap(), Duration::from_secs(5));
     }
 
     #[tokio::test]

@@ -103,12 +103,10 @@ pub async fn serve(proxy: Arc<Proxy>, listener: Arc<ListenerIdentity>, stream: S
 impl Connection {
     /// Looks at what the client speaks.
     async fn first_bytes(&mut self) -> Next {
-        let drain = self.proxy.drain.clone();
-        let first = tokio::select! {
-            first = self.client.peek(4) => first.map(<[u8]>::to_vec),
-            () = drain.stopping() => return Next::Close,
+        let Some(first) = self.proxy.drain.unless_stopping(self.client.peek(4)).await else {
+            return Next::Close;
         };
-        match first.as_deref() {
+        match first {
             Ok(first) if first.starts_with(b"PRI ") => {
                 Box::pin(self.native_h2()).await;
                 Next::Close
@@ -123,11 +121,13 @@ impl Connection {
     }
 
     async fn next_request(&mut self) -> Next {
-        let drain = self.proxy.drain.clone();
-        let head = tokio::select! {
-            head = self.client.read_head() => head,
-            () = drain.stopping(), if self.client.buffered().is_empty() => return Next::Close,
+        // A client that has begun a request may end it.
+        let head = if self.client.buffered().is_empty() {
+            self.proxy.drain.unless_stopping(self.client.read_head()).await
+        } else {
+            Some(self.client.read_head().await)
         };
+        let Some(head) = head else { return Next::Close };
         match head {
             Ok(Some(head)) => {
                 let next = self.request(head).await;
@@ -218,7 +218,7 @@ impl Connection {
     ) -> Next {
         let head_only = head.method() == "HEAD";
         let options = Options { hijack: route.hijack, answered: told.answered };
-        let open = self.proxy.metrics.streams.with_label_values(&["exchange"]);
+        let open = self.proxy.metrics.exchanges.clone();
         open.inc();
         let mut watcher = Watcher::new(&lease, route.learn.as_ref(), &named, route.json_stream);
         let result = exchange(&mut self.client, &mut daemon, &head, options, &mut watcher).await;
@@ -349,7 +349,7 @@ impl Connection {
         kind: TunnelKind,
         tap: Option<&mut dyn relay::Tap>,
     ) -> Outcome {
-        let open = self.proxy.metrics.streams.with_label_values(&["tunnel"]);
+        let open = self.proxy.metrics.tunnels.clone();
         open.inc();
         let end = tunnel(&mut self.client, daemon, kind, tap).await;
         open.dec();
@@ -368,12 +368,8 @@ impl Connection {
             self.source = Some(match self.origin {
                 Origin::Unix(pid, uid) => self.proxy.peers.unix(pid, uid),
                 Origin::Tcp(client, server) if client.ip().to_canonical().is_loopback() => {
-                    let peers = self.proxy.peers.clone();
                     let canonical = |a: SocketAddr| SocketAddr::new(a.ip().to_canonical(), a.port());
-                    let (client, server) = (canonical(client), canonical(server));
-                    tokio::task::spawn_blocking(move || peers.loopback(client, server))
-                        .await
-                        .unwrap_or(Source::Ip(client.ip()))
+                    self.proxy.peers.clone().loopback(canonical(client), canonical(server)).await
                 }
                 Origin::Tcp(client, _) => Source::Ip(client.ip().to_canonical()),
             });
@@ -487,6 +483,14 @@ impl Connection {
             }
             match lease.connect().await {
                 Ok(stream) => return Ok((lease, Side::new(stream))),
+                // Our own want of descriptors or ports is no daemon's fault.
+                Err(error) if is_own_fault(&error) => {
+                    lease.finish(Outcome::Aborted);
+                    return Err(Error::new(
+                        Kind::Internal,
+                        format!("dindpool cannot open a connection: {error}"),
+                    ));
+                }
                 Err(error) => {
                     let bound = lease.is_bound();
                     let kind = if error.kind() == io::ErrorKind::TimedOut {
@@ -542,8 +546,8 @@ impl Connection {
     }
 
     fn count_bytes(&self, up: u64, down: u64) {
-        self.proxy.metrics.bytes.with_label_values(&["up"]).inc_by(up);
-        self.proxy.metrics.bytes.with_label_values(&["down"]).inc_by(down);
+        self.proxy.metrics.bytes_up.inc_by(up);
+        self.proxy.metrics.bytes_down.inc_by(down);
     }
 
     /// One log line and one count for each request that is over.
@@ -618,6 +622,14 @@ fn word(outcome: Outcome) -> &'static str {
         Outcome::Unreached => "unreached",
         Outcome::Aborted => "aborted",
     }
+}
+
+/// Whether a connection failed for want of something on this side.
+fn is_own_fault(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EMFILE | libc::ENFILE | libc::EADDRNOTAVAIL | libc::ENOBUFS | libc::ENOMEM)
+    )
 }
 
 /// The head as the daemon is to see it: without dindpool's own path prefixes, otherwise as it came.

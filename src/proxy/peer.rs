@@ -6,9 +6,10 @@
 //! environment (measured with setsid and without).
 
 use std::collections::{HashMap, VecDeque};
+use std::io::Read;
 use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::{fs, io};
 
 use netlink_packet_core::{NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
@@ -21,6 +22,8 @@ use super::identify::{Source, sanitise};
 
 /// How many processes are tried before all of /proc is searched: a buildx build opens eleven connections.
 const RECENT: usize = 32;
+/// How many of them are tried on a thread of the runtime: some 20 µs each.
+const AT_ONCE: usize = 2;
 /// How many session leaders' start times are remembered after they may have exited.
 const LEADERS: usize = 4096;
 
@@ -31,6 +34,8 @@ pub struct Peers {
     /// attempt), in order of precedence.
     variables: Vec<Vec<String>>,
     recent: Mutex<VecDeque<u32>>,
+    /// Asks the kernel for the owners of sockets.
+    kernel: Mutex<Option<Socket>>,
     /// Start times of session leaders: a leader may exit before its session does, and the key must not
     /// change then.
     leaders: Mutex<HashMap<u32, u64>>,
@@ -52,6 +57,7 @@ impl Peers {
         Peers {
             variables: variables.iter().map(split).collect(),
             recent: Mutex::default(),
+            kernel: Mutex::default(),
             leaders: Mutex::default(),
         }
     }
@@ -63,24 +69,47 @@ impl Peers {
             .map_or(Source::User(uid), Source::Process)
     }
 
-    /// The source of a loopback TCP connection from `client` to `server`. Blocks for some milliseconds on a
-    /// machine with many processes: call it off the runtime's threads.
-    pub fn loopback(&self, client: SocketAddr, server: SocketAddr) -> Source {
+    /// The source of a loopback TCP connection from `client` to `server`.
+    pub async fn loopback(self: Arc<Self>, client: SocketAddr, server: SocketAddr) -> Source {
         let unknown = Source::Ip(client.ip());
-        let Ok(Some((inode, uid))) = owner(client, server) else { return unknown };
-        match self.holder(inode).and_then(|pid| self.process(pid)) {
-            Some(process) => Source::Process(process),
-            // Another user's process, and not enough rights to look: at least users are told apart.
-            None => Source::User(uid),
-        }
+        let Ok(Some((inode, uid))) = self.owner(client, server) else { return unknown };
+        // The process that connected a moment ago, again: faster than handing it to another thread. All of
+        // /proc takes milliseconds on a machine with many processes, so that is done off the runtime.
+        let process = match self.recent_holder(inode, AT_ONCE) {
+            Some(pid) => self.process(pid),
+            None => {
+                tokio::task::spawn_blocking(move || self.process(self.holder(inode)?)).await.ok().flatten()
+            }
+        };
+        // Another user's process, and not enough rights to look: at least users are told apart.
+        process.map_or(Source::User(uid), Source::Process)
+    }
+
+    /// Inode and user of the client's socket, asked of the kernel over one socket for all connections.
+    fn owner(&self, client: SocketAddr, server: SocketAddr) -> io::Result<Option<(u32, u32)>> {
+        let mut kernel = self.kernel.lock().unwrap_or_else(PoisonError::into_inner);
+        let socket = match kernel.take() {
+            Some(socket) => socket,
+            None => ask_kernel()?,
+        };
+        let owner = owner(&socket, client, server)?;
+        // Not kept after an error: a late answer would be taken for the next one.
+        *kernel = Some(socket);
+        Ok(owner)
+    }
+
+    /// The process that has a socket open, if it is one of the last few.
+    fn recent_holder(&self, inode: u32, of: usize) -> Option<u32> {
+        let link = format!("socket:[{inode}]");
+        let recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+        let recent: Vec<u32> = recent.iter().take(of).copied().collect();
+        recent.into_iter().find(|pid| holds(*pid, &link))
     }
 
     /// The process that has a socket open.
     fn holder(&self, inode: u32) -> Option<u32> {
         let link = format!("socket:[{inode}]");
-        let recent: Vec<u32> =
-            self.recent.lock().unwrap_or_else(PoisonError::into_inner).iter().copied().collect();
-        let found = recent.into_iter().find(|pid| holds(*pid, &link)).or_else(|| {
+        let found = self.recent_holder(inode, RECENT).or_else(|| {
             let mut pids: Vec<u32> = fs::read_dir("/proc")
                 .ok()?
                 .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
@@ -98,7 +127,7 @@ impl Peers {
 
     /// How a process is recognised: by its environment, else by its POSIX session.
     fn process(&self, pid: u32) -> Option<String> {
-        let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        let environment = read_whole(&format!("/proc/{pid}/environ")).unwrap_or_default();
         if let Some(name) = variable(&environment, VARIABLE) {
             return Some(format!("name:{}", sanitise(&name)));
         }
@@ -140,9 +169,17 @@ fn variable(environment: &[u8], name: &str) -> Option<String> {
     })
 }
 
+/// A file of /proc, whose length is 0 until it is read: `fs::read` would feel its way up from 32 bytes.
+fn read_whole(path: &str) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::with_capacity(8 * 1024);
+    fs::File::open(path)?.take(u64::MAX).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
 /// POSIX session id and start time (clock ticks since boot) of a process, from `/proc/PID/stat`.
 fn stat(pid: u32) -> Option<(u32, u64)> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let stat = read_whole(&format!("/proc/{pid}/stat")).ok()?;
+    let stat = String::from_utf8_lossy(&stat);
     // The command's name may hold anything, also blanks and parentheses.
     let fields: Vec<&str> = stat[stat.rfind(')')? + 1..].split_whitespace().collect();
     Some((fields.get(3)?.parse().ok()?, fields.get(19)?.parse().ok()?))
@@ -150,7 +187,7 @@ fn stat(pid: u32) -> Option<(u32, u64)> {
 
 /// Inode and user of the client's socket, asked of the kernel by the connection's addresses (sock_diag(7)).
 /// Reading /proc/net/tcp instead would cost milliseconds with thousands of connections.
-fn owner(client: SocketAddr, server: SocketAddr) -> io::Result<Option<(u32, u32)>> {
+fn owner(socket: &Socket, client: SocketAddr, server: SocketAddr) -> io::Result<Option<(u32, u32)>> {
     let request = InetRequest {
         family: if client.is_ipv4() { AF_INET } else { AF_INET6 },
         protocol: IPPROTO_TCP,
@@ -172,10 +209,6 @@ fn owner(client: SocketAddr, server: SocketAddr) -> io::Result<Option<(u32, u32)
     message.finalize();
     let mut bytes = vec![0; message.header.length as usize];
     message.serialize(&mut bytes);
-    let socket = Socket::new(NETLINK_SOCK_DIAG)?;
-    socket.connect(&NetlinkAddr::new(0, 0))?;
-    // The kernel answers at once or not at all; a lost answer must not hold a client.
-    timeout(&socket)?;
     socket.send(&bytes, 0)?;
     let (answer, _) = socket.recv_from_full()?;
     let answer = NetlinkMessage::<SockDiagMessage>::deserialize(&answer).map_err(io::Error::other)?;
@@ -185,6 +218,14 @@ fn owner(client: SocketAddr, server: SocketAddr) -> io::Result<Option<(u32, u32)
         }
         _ => None,
     })
+}
+
+fn ask_kernel() -> io::Result<Socket> {
+    let socket = Socket::new(NETLINK_SOCK_DIAG)?;
+    socket.connect(&NetlinkAddr::new(0, 0))?;
+    // The kernel answers at once or not at all; a lost answer must not hold a client.
+    timeout(&socket)?;
+    Ok(socket)
 }
 
 fn timeout(socket: &Socket) -> io::Result<()> {
@@ -199,7 +240,6 @@ fn timeout(socket: &Socket) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::Read;
     use std::net::{TcpListener, TcpStream};
     use std::os::unix::process::CommandExt;
     use std::process::{Command, Stdio};
@@ -212,15 +252,18 @@ mod tests {
         assert_eq!(variable(block, "JOB_ID"), None);
     }
 
-    #[test]
-    fn this_process_is_found_behind_its_own_loopback_connection() {
+    #[tokio::test]
+    async fn this_process_is_found_behind_its_own_loopback_connection() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let (server, _) = listener.accept().unwrap();
-        let (inode, _) = owner(client.local_addr().unwrap(), server.local_addr().unwrap()).unwrap().unwrap();
-        let peers = Peers::new(&[]);
+        let client_side = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (server_side, _) = listener.accept().unwrap();
+        let peers = Arc::new(Peers::new(&[]));
+        let (client, server) = (client_side.local_addr().unwrap(), server_side.local_addr().unwrap());
+        let (inode, _) = peers.owner(client, server).unwrap().unwrap();
+        assert_eq!(peers.recent_holder(inode, AT_ONCE), None);
         assert_eq!(peers.holder(inode), Some(std::process::id()));
-        let source = peers.loopback(server.peer_addr().unwrap(), server.local_addr().unwrap());
+        assert_eq!(peers.recent_holder(inode, AT_ONCE), Some(std::process::id()));
+        let source = peers.clone().loopback(client, server).await;
         let (session, started) =
             stat(std::process::id()).map(|(s, _)| (s, stat(s).map_or(0, |x| x.1))).unwrap();
         assert_eq!(source, Source::Process(format!("posix:{session}@{started}")));
