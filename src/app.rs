@@ -25,7 +25,7 @@ pub struct Sockets {
 }
 
 impl Sockets {
-    /// Binds all addresses and prints them, one a line: `listening on tcp://…`, `admin on http://…`.
+    /// Binds all addresses.
     ///
     /// # Errors
     /// Every address that cannot be bound, all at once.
@@ -48,11 +48,23 @@ impl Sockets {
         let (Some(admin), true) = (admin, faults.is_empty()) else {
             anyhow::bail!("{}", faults.join("\n"));
         };
-        for (_, bound) in &listeners {
-            say(&format!("listening on {}", bound.address()));
-        }
-        say(&format!("admin on http://{}", admin.local_addr()?));
         Ok(Sockets { listeners, admin })
+    }
+
+    /// Prints the real addresses, one a line: `listening on tcp://…`, `admin on http://…`.
+    pub fn announce(&self) {
+        for (listener, bound) in &self.listeners {
+            say(&format!("listening on {}", bound.address()));
+            if !listener.address.is_local() {
+                tracing::warn!(
+                    "{} is open to the network without TLS: whoever reaches it is root in every daemon",
+                    bound.address()
+                );
+            }
+        }
+        if let Ok(address) = self.admin.local_addr() {
+            say(&format!("admin on http://{address}"));
+        }
     }
 
     /// The real addresses of the listeners, `tcp://…` and `unix://…`.

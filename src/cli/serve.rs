@@ -25,6 +25,7 @@ impl Serve {
         let settings = raw.validate(true)?;
         telemetry::start(settings.log_json, &settings.log_level);
         let sockets = Sockets::bind(&settings).await?;
+        sockets.announce();
         let provisioner = fixed::start(settings.daemons.clone(), fixed::Options::default());
         app::run(settings, sockets, provisioner, signals(), |_| Box::pin(async {})).await
     }

@@ -88,6 +88,14 @@ fn table(pool: &Pool) -> String {
     } else {
         out.push_str(&align(&rows));
     }
+    if !pool.queue.tickets.is_empty() {
+        let mut rows = vec![["WAITING", "SESSION", "SINCE", "TENANT"].map(String::from)];
+        for t in &pool.queue.tickets {
+            rows.push([t.position.to_string(), t.key.clone(), span(t.waited), t.tenant.clone()]);
+        }
+        out.push('\n');
+        out.push_str(&align(&rows));
+    }
     if let Some((min, max)) = &pool.api {
         out.push_str(&format!("\nAPI {min} to {max}, {} waiting\n", pool.queue.waiting));
     }

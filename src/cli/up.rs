@@ -77,6 +77,7 @@ impl Up {
         options.extra_args = self.dockerd_arg;
         options.progress = Some(progress);
         let provisioner = process::start(options).await?;
+        sockets.announce();
         let beside = move |pool| -> app::Beside { Box::pin(announce(pool, lines, addresses, self.daemons)) };
         app::run(settings, sockets, provisioner, signals(), beside).await
     }

@@ -23,7 +23,7 @@ const MAX_BODY: usize = 64 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum CallError {
     /// The connection was refused, or the socket does not exist: nobody is there.
-    #[error("{0}")]
+    #[error("cannot connect: {0}")]
     Refused(io::Error),
     /// No answer within the deadline.
     #[error("no answer within {} ms", .0.as_millis())]

@@ -60,6 +60,8 @@ pub fn identify(
         None => listener.tenant.clone(),
     };
     let own = source_key(&tenant, source);
+    // buildx's `/grpc` and `/session` carry no path: they have the source's key under the listener's tenant.
+    let bare = source_key(&listener.tenant, source);
     if let Some(session) = &listener.session {
         // Every connection of a dedicated listener is keyed: nothing needs to be kept together by its source.
         let key = key(&tenant, "listener", session);
@@ -76,7 +78,7 @@ pub fn identify(
     };
     Ok(match explicit {
         Some(name) => {
-            Identity { key: key(&tenant, "name", name), source: Some(own), tenant, interactive: false }
+            Identity { key: key(&tenant, "name", name), source: Some(bare), tenant, interactive: false }
         }
         None => {
             let interactive = match source {
@@ -84,7 +86,8 @@ pub fn identify(
                 Source::User(_) => true,
                 Source::Ip(_) => false,
             };
-            Identity { key: own, source: None, tenant, interactive }
+            let other = tenant != listener.tenant;
+            Identity { key: own, source: other.then_some(bare), tenant, interactive }
         }
     })
 }
@@ -197,6 +200,15 @@ mod tests {
         let identity = identify(&listener(), &ip(), &prefix, None).unwrap();
         assert_eq!(identity.key.as_str(), "team-a/name:x");
         assert_eq!(identity.tenant.as_str(), "team-a");
+    }
+
+    #[test]
+    fn a_tenant_in_the_path_keeps_to_the_connections_that_cannot_carry_it() {
+        let prefix = Prefix { session: None, tenant: Some("team-a"), length: 9 };
+        let with = identify(&listener(), &ip(), &prefix, None).unwrap();
+        let without = identify(&listener(), &ip(), &Prefix::default(), None).unwrap();
+        assert_eq!(with.key.as_str(), "team-a/ip:10.0.0.7");
+        assert_eq!(with.source, Some(without.key));
     }
 
     #[test]

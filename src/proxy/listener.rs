@@ -21,6 +21,19 @@ pub enum Address {
     Unix(PathBuf),
 }
 
+impl Address {
+    /// Whether only this machine reaches it.
+    pub fn is_local(&self) -> bool {
+        match self {
+            Address::Unix(_) => true,
+            Address::Tcp(address) => match address.parse::<std::net::SocketAddr>() {
+                Ok(address) => address.ip().is_loopback(),
+                Err(_) => address.starts_with("localhost:"),
+            },
+        }
+    }
+}
+
 impl std::str::FromStr for Address {
     type Err = String;
 

@@ -31,7 +31,7 @@ use self::classify::{Local, Peek, Prefix, Route, classify};
 use self::identify::{HEADER, Identity, ListenerIdentity, Source, identify};
 use self::learn::{Named, Watcher};
 use self::peer::Peers;
-use self::relay::h2::PREFACE;
+use self::relay::h2::{self, PREFACE};
 use self::relay::{
     Framing, HeadError, Options, RequestHead, ResponseHead, Side, TunnelCause, TunnelKind, Version, exchange,
     refuse, tunnel,
@@ -319,7 +319,8 @@ impl Connection {
         let (lease, mut daemon) = match reached {
             Ok(reached) => reached,
             Err(error) => {
-                // Nothing but HTTP/2 may be said here any more; buildx prints that its connection ended.
+                // Nothing but HTTP/2 may be said here any more.
+                refuse(&mut self.client, &h2::goaway(&error.message, told.settings)).await;
                 self.proxy.metrics.errors.with_label_values(&[error.fault().as_str()]).inc();
                 tracing::warn!(session = %want.key, "{error}");
                 self.done(route, &want, None, started, "refused");

@@ -299,7 +299,7 @@ fn check_dockerd(wanted: &Path, machine: &str) -> Result<Binary, Vec<String>> {
     let shown = wanted.display();
     let Some(path) = network::find(wanted, machine) else {
         return Err(vec![format!(
-            "`{shown}` not found: apt-get install docker.io iptables iproute2, or name one"
+            "`{shown}` not found: apt-get install docker.io iptables iproute2, or name one with --dockerd"
         )]);
     };
     let search = network::search_path(path.parent());

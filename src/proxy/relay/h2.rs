@@ -12,11 +12,25 @@ pub const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 const FRAME_HEAD: usize = 9;
 const SETTINGS: u8 = 4;
+const GOAWAY: u8 = 7;
 const ACK: u8 = 1;
 
 /// A SETTINGS frame that changes nothing.
 pub fn empty_settings() -> [u8; 9] {
     [0, 0, 0, SETTINGS, 0, 0, 0, 0, 0]
+}
+
+/// Ends a connection whose client has sent its preface, with the reason as debug data: gRPC clients print it.
+/// `greeted` says that [`empty_settings`] has been sent; before anything else a server sends its SETTINGS.
+pub fn goaway(reason: &str, greeted: bool) -> Vec<u8> {
+    let mut out = if greeted { Vec::new() } else { empty_settings().to_vec() };
+    let length = u32::try_from(8 + reason.len()).unwrap_or(8);
+    out.extend_from_slice(&length.to_be_bytes()[1..]);
+    out.extend_from_slice(&[GOAWAY, 0, 0, 0, 0, 0]);
+    // Last stream 0: nothing of it has been done. ENHANCE_YOUR_CALM: do not come back at once.
+    out.extend_from_slice(&[0, 0, 0, 0, 0, 0, 0, 0x0b]);
+    out.extend_from_slice(reason.as_bytes());
+    out
 }
 
 /// Removes the first SETTINGS frame with ACK from a client's byte stream and lets everything else pass. It
@@ -121,6 +135,16 @@ mod tests {
                 .concat();
         let after = [frame(1, 4, b"\0\0\0\x04\x01\0\0\0\0"), ack.clone(), frame(0, 1, &[7; 300])].concat();
         ([before.clone(), ack, after.clone()].concat(), [before, after].concat())
+    }
+
+    #[test]
+    fn a_refusal_is_settings_and_a_goaway_with_its_reason() {
+        let frame = goaway("full", false);
+        assert_eq!(frame[..9], empty_settings());
+        assert_eq!(frame[9..18], [0, 0, 12, 7, 0, 0, 0, 0, 0]);
+        assert_eq!(frame[18..26], [0, 0, 0, 0, 0, 0, 0, 11]);
+        assert_eq!(&frame[26..], b"full");
+        assert_eq!(goaway("full", true), frame[9..]);
     }
 
     #[test]
