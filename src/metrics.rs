@@ -203,6 +203,24 @@ impl Metrics {
     }
 }
 
+/// Counts one thing that is open, until it is dropped: where it ends or where its task is cut.
+#[derive(Debug)]
+pub struct Counted(IntGauge);
+
+impl Counted {
+    /// One more.
+    pub fn new(gauge: &IntGauge) -> Self {
+        gauge.inc();
+        Counted(gauge.clone())
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
 /// Tenants come from paths that clients choose: beyond this many they share the label `other`.
 const TENANTS: usize = 50;
 

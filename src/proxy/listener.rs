@@ -10,6 +10,7 @@ use tokio::net::{TcpListener, UnixListener};
 
 use super::identify::ListenerIdentity;
 use super::{Origin, Proxy, serve};
+use crate::metrics::Counted;
 use crate::provision::{Stream, keepalive};
 
 /// Where to listen.
@@ -176,8 +177,7 @@ pub async fn run(proxy: Arc<Proxy>, identity: Arc<ListenerIdentity>, bound: Boun
                 let (connection, identity, open) = (proxy.clone(), identity.clone(), open.clone());
                 // A panic ends this task and its connection; the guards in it give everything back.
                 proxy.drain.spawn(async move {
-                    open.inc();
-                    let _open = Decrement(open);
+                    let _open = Counted::new(&open);
                     serve(connection, identity, stream, origin).await;
                 });
             }
@@ -188,14 +188,6 @@ pub async fn run(proxy: Arc<Proxy>, identity: Arc<ListenerIdentity>, bound: Boun
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
         }
-    }
-}
-
-struct Decrement(prometheus::IntGauge);
-
-impl Drop for Decrement {
-    fn drop(&mut self) {
-        self.0.dec();
     }
 }
 

@@ -25,7 +25,7 @@ mod wait;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use self::classify::{Local, Peek, Prefix, Route, classify};
 use self::identify::{HEADER, Identity, ListenerIdentity, Source, identify};
@@ -41,8 +41,8 @@ use self::wait::{Manner, Told, chunk, wait};
 use crate::drain::Drain;
 use crate::engine::model::{Class, DaemonId, Kind as ObjectKind, ObjectRef, Outcome, Requirements, Work};
 use crate::error::{Error, Kind};
-use crate::metrics::Metrics;
-use crate::pool::{Lease, Pool, Want};
+use crate::metrics::{Counted, Metrics};
+use crate::pool::{Handle, Lease, Pool, Want};
 use crate::provision::Stream;
 
 /// The largest create body that is read ahead. dockerd has no limit of its own; compose's are a few kilobytes.
@@ -50,6 +50,8 @@ const MAX_PEEK: usize = 4 << 20;
 /// How many daemons a request tries before it gives up. Each that refuses is ejected, so in a pool with
 /// anybody left this finds one.
 const TRIES: usize = 8;
+/// How long a daemon may take for the 101 of `/grpc`: then the client gives up anyway.
+const UPGRADE: Duration = Duration::from_secs(20);
 
 /// What all connections share.
 pub struct Proxy {
@@ -80,7 +82,18 @@ struct Connection {
     origin: Origin,
     source: Option<Source>,
     /// The daemon connection of the last exchange, if it may carry another.
-    kept: Option<(DaemonId, Side)>,
+    kept: Option<(Arc<Handle>, Side)>,
+    /// A response or a tunnel is under way.
+    streaming: bool,
+}
+
+impl Drop for Connection {
+    /// Cut within a stream, by the end of the grace or by a panic: a FIN could look like the stream's end.
+    fn drop(&mut self) {
+        if self.streaming {
+            self.client.abort();
+        }
+    }
 }
 
 /// What becomes of the client's connection after a request.
@@ -92,8 +105,7 @@ enum Next {
 
 /// Serves one client connection to its end.
 pub async fn serve(proxy: Arc<Proxy>, listener: Arc<ListenerIdentity>, stream: Stream, origin: Origin) {
-    let mut connection =
-        Connection { proxy, listener, client: Side::new(stream), origin, source: None, kept: None };
+    let mut connection = Connection::new(proxy, listener, Side::new(stream), origin);
     if connection.first_bytes().await == Next::Close {
         return;
     }
@@ -101,6 +113,10 @@ pub async fn serve(proxy: Arc<Proxy>, listener: Arc<ListenerIdentity>, stream: S
 }
 
 impl Connection {
+    fn new(proxy: Arc<Proxy>, listener: Arc<ListenerIdentity>, client: Side, origin: Origin) -> Self {
+        Connection { proxy, listener, client, origin, source: None, kept: None, streaming: false }
+    }
+
     /// Looks at what the client speaks.
     async fn first_bytes(&mut self) -> Next {
         let Some(first) = self.proxy.drain.unless_stopping(self.client.peek(4)).await else {
@@ -149,6 +165,7 @@ impl Connection {
             Err(error) => return self.refuse(&error, false).await,
         };
         let route = classify(head.method(), head.path(), head.query());
+        let prefix = Prefix { tenant: tenant.as_deref(), session: session.as_deref(), length: prefix_length };
         let head_only = head.method() == "HEAD";
         if let Some(why) = route.refuse {
             return self.refuse(&Error::new(Kind::NotImplemented, why), head_only).await;
@@ -156,7 +173,7 @@ impl Connection {
         match route.local {
             Some(Local::Ping) if self.proxy.pool.queue_is_full() => {
                 // BuildKit can only be refused here: anywhere later buildx falls back to another driver.
-                let refused = match self.identify(&Prefix::default(), head.header(HEADER)).await {
+                let refused = match self.identify(&prefix, head.header(HEADER)).await {
                     Ok(identity) => self.proxy.pool.refuses(&identity.key),
                     Err(error) => return self.refuse(&error, head_only).await,
                 };
@@ -174,7 +191,6 @@ impl Connection {
             },
             Some(Local::Grpc) | None => {}
         }
-        let prefix = Prefix { tenant: tenant.as_deref(), session: session.as_deref(), length: prefix_length };
         let identity = match self.identify(&prefix, head.header(HEADER)).await {
             Ok(identity) => identity,
             Err(error) => return self.refuse(&error, head_only).await,
@@ -218,18 +234,17 @@ impl Connection {
     ) -> Next {
         let head_only = head.method() == "HEAD";
         let options = Options { hijack: route.hijack, answered: told.answered };
-        let open = self.proxy.metrics.exchanges.clone();
-        open.inc();
+        let open = Counted::new(&self.proxy.metrics.exchanges);
         let mut watcher = Watcher::new(&lease, route.learn.as_ref(), &named, route.json_stream);
+        self.streaming = true;
         let result = exchange(&mut self.client, &mut daemon, &head, options, &mut watcher).await;
-        drop(watcher);
-        open.dec();
-        drop(head);
+        self.streaming = false;
+        drop((watcher, open, head));
         self.count_bytes(result.sent, result.received);
         match result.outcome {
             relay::Outcome::Done { keep_client, keep_daemon } => {
                 if keep_daemon {
-                    self.kept = Some((lease.daemon().id.clone(), daemon));
+                    self.kept = Some((lease.daemon().clone(), daemon));
                 }
                 self.done(&route, &want, Some(&lease), started, "done");
                 lease.finish(Outcome::Done);
@@ -350,10 +365,11 @@ impl Connection {
         kind: TunnelKind,
         tap: Option<&mut dyn relay::Tap>,
     ) -> Outcome {
-        let open = self.proxy.metrics.tunnels.clone();
-        open.inc();
+        let open = Counted::new(&self.proxy.metrics.tunnels);
+        self.streaming = true;
         let end = tunnel(&mut self.client, daemon, kind, tap).await;
-        open.dec();
+        self.streaming = false;
+        drop(open);
         self.count_bytes(end.up, end.down);
         match end.cause {
             TunnelCause::ClientFinished | TunnelCause::DaemonFinished => Outcome::Done,
@@ -403,7 +419,7 @@ impl Connection {
         };
         let mut named = Named { name: route.name.clone(), project: None };
         if let Some(peek) = route.peek {
-            let body = self.peek_body(head).await?;
+            let body = peek_body(&mut self.client, head).await?;
             match peek {
                 Peek::Container => {
                     let read = body::container(&body);
@@ -422,6 +438,8 @@ impl Connection {
         // Terminals of one machine see each other's compose projects: `up` in one, `down` in the other. Two CI
         // jobs with the same project name must not.
         let target = route.target.clone().filter(|t| t.kind != ObjectKind::Project || identity.interactive);
+        // The uuid of a BuildKit session is in its own head and in its build's query: they belong together.
+        let target = target.or_else(|| build_session(head).filter(|_| route.class == Class::Join));
         let want = Want {
             key: identity.key,
             tenant: identity.tenant,
@@ -435,39 +453,6 @@ impl Connection {
         Ok((want, named))
     }
 
-    /// The request's body without consuming it, as far as its framing tells. A body of unknown or great length
-    /// is left alone: the request is then placed without it.
-    async fn peek_body(&mut self, head: &RequestHead) -> Result<Vec<u8>, Error> {
-        let gone = |_: io::Error| Error::new(Kind::BadRequest, "the client left while it sent its request");
-        match head.framing {
-            Framing::Length(length) if length <= MAX_PEEK as u64 => {
-                if head.expect_continue {
-                    return Ok(Vec::new());
-                }
-                let length = length as usize;
-                let bytes = self.client.peek(length).await.map_err(gone)?;
-                Ok(bytes[..length.min(bytes.len())].to_vec())
-            }
-            Framing::Chunked if !head.expect_continue => {
-                let mut wanted = 1;
-                loop {
-                    let bytes = self.client.peek(wanted).await.map_err(gone)?;
-                    let mut tracker = relay::Body::new(Framing::Chunked);
-                    let mut payload = Vec::new();
-                    tracker.feed(bytes, |part| payload.extend_from_slice(part))?;
-                    if tracker.is_complete() {
-                        return Ok(payload);
-                    }
-                    if bytes.len() < wanted || bytes.len() > MAX_PEEK {
-                        return Ok(Vec::new());
-                    }
-                    wanted = bytes.len() + 1;
-                }
-            }
-            _ => Ok(Vec::new()),
-        }
-    }
-
     /// A daemon for the request, and a connection to it. Another daemon is tried only while no byte of the
     /// request has reached one and the session was not bound before: a bound session never silently moves.
     async fn reach(&mut self, want: &Want, manner: Manner, told: &mut Told) -> Result<(Lease, Side), Error> {
@@ -477,7 +462,8 @@ impl Connection {
             let lease = wait(&mut self.client, ticket, manner, told).await?;
             let id = lease.daemon().id.clone();
             if let Some((kept, side)) = self.kept.take()
-                && kept == id
+                // A daemon of the same name at another address is another one.
+                && Arc::ptr_eq(&kept, lease.daemon())
                 && !side.is_dead()
             {
                 return Ok((lease, side));
@@ -574,11 +560,46 @@ impl Connection {
     }
 }
 
+/// The request's body without consuming it, as far as its framing tells. A body of great length is left alone:
+/// the request is then placed without it.
+async fn peek_body(client: &mut Side, head: &RequestHead) -> Result<Vec<u8>, Error> {
+    let gone = |_: io::Error| Error::new(Kind::BadRequest, "the client left while it sent its request");
+    let small = match head.framing {
+        Framing::Length(length) => length <= MAX_PEEK as u64,
+        Framing::Chunked => true,
+        Framing::None | Framing::UntilClose => false,
+    };
+    if !small {
+        return Ok(Vec::new());
+    }
+    if head.expect_continue && head.version == Version::Http11 && client.buffered().is_empty() {
+        // curl does for more than 1 KiB. The daemon will say it once more, which any client must bear (RFC 9110).
+        client.write_all(b"HTTP/1.1 100 Continue\r\n\r\n").await.map_err(gone)?;
+    }
+    let (mut body, mut seen, mut payload) = (relay::Body::new(head.framing), 0, Vec::new());
+    while !body.is_complete() {
+        let bytes = client.peek(seen + 1).await.map_err(gone)?;
+        if bytes.len() <= seen || seen > MAX_PEEK {
+            return Ok(Vec::new());
+        }
+        seen += body.feed(&bytes[seen..], |part| payload.extend_from_slice(part))?;
+    }
+    Ok(payload)
+}
+
+/// The header by which `/session` says which BuildKit session it is.
+const SESSION_UUID: &str = "x-docker-expose-session-uuid";
+
+fn build_session(head: &RequestHead) -> Option<ObjectRef> {
+    let uuid = std::str::from_utf8(head.header(SESSION_UUID)?).ok()?;
+    let plain = uuid.len() <= 128 && !uuid.is_empty() && uuid.bytes().all(|b| b.is_ascii_graphic());
+    plain.then(|| ObjectRef { kind: ObjectKind::BuildSession, reference: uuid.to_string() })
+}
+
 /// How the client of this request can be told that it waits. `build -q` prints its whole stream as the image's
 /// id, and import prints to standard output (CLI 28.2.2, measured).
 fn manner(head: &RequestHead, route: &Route) -> Manner {
-    let quiet =
-        head.query().and_then(|q| classify::parameter(q, "q")).is_some_and(|q| q == "1" || q == "true");
+    let quiet = head.query().and_then(|q| classify::parameter(q, "q")).is_some_and(|q| is_true(&q));
     match route.class {
         Class::Work(Work::Build | Work::Pull) if !quiet && head.version == Version::Http11 => {
             Manner::Lines(route.api)
@@ -588,6 +609,11 @@ fn manner(head: &RequestHead, route: &Route) -> Manner {
         }
         _ => Manner::Silent,
     }
+}
+
+/// As dockerd reads a flag in a query; docker-py sends `True`.
+fn is_true(value: &str) -> bool {
+    !matches!(value.trim().to_ascii_lowercase().as_str(), "" | "0" | "no" | "false" | "none")
 }
 
 /// What a daemon said instead of the 200 that its client has already: its own message, if it is one.
@@ -646,6 +672,13 @@ fn without_prefix(head: RequestHead, length: usize) -> Result<RequestHead, Error
 
 /// Sends the upgrade request that the proxy has already answered, and takes in the daemon's 101.
 async fn upgrade(daemon: &mut Side, head: &RequestHead) -> io::Result<()> {
+    // A frozen daemon accepts connections; nobody watches the client here, and its slot must come free.
+    tokio::time::timeout(UPGRADE, upgraded(daemon, head))
+        .await
+        .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, "no answer to the upgrade in time")))
+}
+
+async fn upgraded(daemon: &mut Side, head: &RequestHead) -> io::Result<()> {
     daemon.write_all(head.raw()).await?;
     loop {
         let end = daemon.buffered().windows(4).position(|w| w == b"\r\n\r\n").map(|at| at + 4);
@@ -661,5 +694,93 @@ async fn upgrade(daemon: &mut Side, head: &RequestHead) -> io::Result<()> {
         if daemon.fill().await? == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncWriteExt;
+
+    use super::relay::testing::{Ending, read_to_end, read_until, say, soon, tcp};
+    use super::*;
+
+    fn head(text: &str) -> RequestHead {
+        RequestHead::parse(text.replace('\n', "\r\n").into_bytes()).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_create_that_expects_100_continue_is_still_placed_by_its_image() {
+        let (mut client, mut far) = tcp().await;
+        let head = head("POST /containers/create HTTP/1.1\nExpect: 100-continue\nContent-Length: 15\n\n");
+        let sender = async {
+            read_until(&mut far, "HTTP/1.1 100 Continue\r\n\r\n").await;
+            say(&mut far, r#"{"Image":"app"}"#).await;
+        };
+        let (body, ()) = soon(async { tokio::join!(peek_body(&mut client, &head), sender) }).await;
+        assert_eq!(body::container(&body.unwrap()).image.as_deref(), Some("docker.io/library/app:latest"));
+        assert_eq!(client.buffered().len(), 15, "the body stays for the daemon");
+    }
+
+    #[tokio::test]
+    async fn a_chunked_body_is_read_ahead_wherever_it_is_cut() {
+        let (mut client, mut far) = tcp().await;
+        let head = head("POST /containers/create HTTP/1.1\nTransfer-Encoding: chunked\n\n");
+        let wire = b"3\r\n{\"a\r\n4\r\n\":1}\r\n0\r\n\r\nGET";
+        let sender = async {
+            for byte in wire {
+                far.write_all(&[*byte]).await.unwrap();
+                tokio::task::yield_now().await;
+            }
+        };
+        let (body, ()) = soon(async { tokio::join!(peek_body(&mut client, &head), sender) }).await;
+        assert_eq!(body.unwrap(), b"{\"a\":1}");
+        let head = self::head("POST /volumes/create HTTP/1.1\nContent-Length: 0\n\n");
+        assert_eq!(soon(peek_body(&mut client, &head)).await.unwrap(), b"", "nothing is waited for");
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_is_cut_within_a_stream_does_not_end_like_the_stream() {
+        for (streaming, ending) in [(true, Ending::Rst), (false, Ending::Fin)] {
+            let (client, mut far) = tcp().await;
+            let metrics = Metrics::new(prometheus::Registry::new()).unwrap();
+            let proxy = Proxy {
+                pool: Pool::new(crate::pool::Config::default(), metrics.clone(), 1),
+                peers: Arc::new(Peers::new(&[])),
+                drain: Drain::new(),
+                metrics,
+            };
+            let listener = ListenerIdentity { tenant: "default".into(), session: None };
+            let mut connection =
+                Connection::new(Arc::new(proxy), Arc::new(listener), client, Origin::Unix(None, 0));
+            connection.streaming = streaming;
+            drop(connection);
+            assert_eq!(read_to_end(&mut far).await.1, ending);
+        }
+    }
+
+    #[test]
+    fn a_quiet_build_is_told_nothing_however_it_says_so() {
+        for (query, quiet) in [("q=1", true), ("q=True", true), ("q=0", false), ("q=", false), ("t=a", false)]
+        {
+            let target = format!("/build?{query}");
+            let head = head(&format!("POST {target} HTTP/1.1\n\n"));
+            let route = classify("POST", "/build", Some(query));
+            assert_eq!(manner(&head, &route) == Manner::Silent, quiet, "{query}");
+        }
+    }
+
+    #[test]
+    fn a_session_belongs_to_the_build_that_names_its_uuid() {
+        let uuid = |value: &str| {
+            let field = if value.is_empty() {
+                String::new()
+            } else {
+                format!("X-Docker-Expose-Session-Uuid: {value}\n")
+            };
+            build_session(&head(&format!("POST /session HTTP/1.1\n{field}\n"))).map(|o| o.reference)
+        };
+        assert_eq!(uuid("u1").as_deref(), Some("u1"));
+        assert_eq!(uuid(""), None);
+        assert_eq!(uuid("a b"), None);
     }
 }

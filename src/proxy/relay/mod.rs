@@ -58,7 +58,7 @@ pub mod io;
 pub mod tunnel;
 
 #[cfg(test)]
-mod testing;
+pub(super) mod testing;
 
 pub use exchange::{DaemonFailure, Exchange, Observer, Options, Outcome, exchange, refuse};
 pub use framing::Body;
