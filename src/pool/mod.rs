@@ -153,8 +153,10 @@ impl Pool {
         })
     }
 
-    /// Takes in what the provisioner observes, and lets time pass, until the observations end.
+    /// Takes in what the provisioner observes, and lets time pass. A provisioner that ends leaves the last known
+    /// pool serving.
     pub async fn run(self: Arc<Self>, mut observations: mpsc::Receiver<Observation>) {
+        let mut observing = true;
         loop {
             let due = self.lock().engine.next_tick().map(|at| self.origin + at);
             let sleep = async {
@@ -164,15 +166,17 @@ impl Pool {
                 }
             };
             tokio::select! {
-                observation = observations.recv() => match observation {
+                observation = observations.recv(), if observing => match observation {
                     Some(observation) => self.observe(observation),
-                    None => break,
+                    None => {
+                        tracing::error!("the provisioner has ended: the pool stays as it is");
+                        observing = false;
+                    }
                 },
                 () = sleep => self.event(Event::Tick),
                 () = self.ticked.notified() => {}
             }
         }
-        self.stop();
     }
 
     /// Watches nothing any more: the daemons are about to be stopped, and that is no failure of theirs.
@@ -244,8 +248,7 @@ impl Pool {
     /// Whether nobody may join the queue, except sessions that have their daemon already.
     pub fn refuses(&self, key: &SessionKey) -> bool {
         let state = self.lock();
-        let bound = |key| state.engine.sessions().any(|(k, s)| k == key && s.lease().is_some());
-        state.engine.queue_is_full() && !bound(key)
+        state.engine.queue_is_full() && state.engine.session(key).is_none_or(|s| s.lease().is_none())
     }
 
     /// Whether the queue is full: then it matters whose ping it is.
@@ -457,7 +460,9 @@ impl Pool {
             // Its aliases stand for themselves again.
             for member in state.daemons.values_mut().filter(|m| m.alias_of.as_ref() == Some(&id)) {
                 member.alias_of = None;
-                member.handle.wake.notify_one();
+                // The engine does not know them yet: what is on them must be listed anew.
+                member.watch.abort();
+                member.watch = tokio::spawn(watch::watch(self.clone(), member.handle.clone()));
             }
         }
         for spec in &specs {
@@ -495,8 +500,11 @@ impl Pool {
     async fn refresh_images(self: &Arc<Self>) {
         let stale: Vec<Arc<Handle>> = {
             let state = self.lock();
-            let stale = state.engine.stale_images();
-            stale.iter().filter_map(|id| state.daemons.get(id)).map(|m| m.handle.clone()).collect()
+            // One that does not answer would hold every request that names an image.
+            let well =
+                |id: &DaemonId| state.engine.daemons().any(|d| d.id == *id && d.health == Health::Healthy);
+            let stale = state.engine.stale_images().into_iter().filter(well);
+            stale.filter_map(|id| state.daemons.get(&id).map(|m| m.handle.clone())).collect()
         };
         let mut lists = tokio::task::JoinSet::new();
         for handle in stale {
@@ -531,15 +539,83 @@ fn refused(refusal: Refusal) -> Error {
 /// `/version` as the pool answers it: what a daemon says, with the pool's own API range (docker-py and bollard
 /// negotiate there).
 pub fn rewrite_version(version: &Value, min: ApiVersion, max: ApiVersion) -> Value {
-    let mut version = version.clone();
+    let mut version = if version.is_object() { version.clone() } else { serde_json::json!({}) };
     let (min, max) = (format!("{}.{}", min.0, min.1), format!("{}.{}", max.0, max.1));
     version["ApiVersion"] = Value::from(max.clone());
     version["MinAPIVersion"] = Value::from(min.clone());
     if let Some(components) = version["Components"].as_array_mut() {
-        for component in components.iter_mut().filter(|c| c["Name"] == "Engine") {
+        let engines = components.iter_mut().filter(|c| c["Name"] == "Engine" && c["Details"].is_object());
+        for component in engines {
             component["Details"]["ApiVersion"] = Value::from(max.clone());
             component["Details"]["MinAPIVersion"] = Value::from(min.clone());
         }
     }
     version
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pool() -> Arc<Pool> {
+        Pool::new(Config::default(), Metrics::new(prometheus::Registry::new()).unwrap(), 1)
+    }
+
+    /// Daemons that nobody is.
+    fn observe(pool: &Arc<Pool>, ids: &[&str]) {
+        let spec = |id: &&str| DaemonSpec {
+            id: id.to_string(),
+            endpoint: Endpoint::Unix(format!("/nonexistent/{id}").into()),
+            source_ips: Vec::new(),
+            draining: false,
+            pending: None,
+        };
+        pool.observe(Observation { daemons: ids.iter().map(spec).collect(), problems: Vec::new() });
+    }
+
+    fn ids(pool: &Pool) -> Vec<String> {
+        pool.status().daemons.into_iter().map(|d| d.id).collect()
+    }
+
+    fn handle(pool: &Pool, id: &str) -> Arc<Handle> {
+        pool.lock().daemons[&DaemonId::from(id)].handle.clone()
+    }
+
+    #[tokio::test]
+    async fn of_two_names_of_one_daemon_one_stays() {
+        let pool = pool();
+        observe(&pool, &["a", "b"]);
+        // Both found each other at the same time.
+        pool.alias(&handle(&pool, "a"), &"b".into());
+        pool.alias(&handle(&pool, "b"), &"a".into());
+        assert_eq!(ids(&pool), ["b"]);
+        // The one behind the other name is another daemon now.
+        pool.distinct(&handle(&pool, "a"));
+        assert_eq!(ids(&pool), ["a", "b"]);
+        pool.alias(&handle(&pool, "a"), &"b".into());
+        observe(&pool, &["a"]);
+        assert_eq!(ids(&pool), ["a"], "its other name has gone");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn time_passes_although_the_provisioner_has_ended() {
+        let pool = pool();
+        observe(&pool, &["a"]);
+        assert!(pool.expects_room());
+        let (_, ended) = mpsc::channel(1);
+        let running = tokio::spawn(pool.clone().run(ended));
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        assert!(!running.is_finished());
+        assert_eq!(ids(&pool), ["a"]);
+        running.abort();
+        pool.stop();
+    }
+
+    #[test]
+    fn nonsense_for_a_version_harms_nobody() {
+        let rewrite = |v: Value| rewrite_version(&v, (1, 24), (1, 51));
+        assert_eq!(rewrite(serde_json::json!([1]))["ApiVersion"], "1.51");
+        let odd = serde_json::json!({"Components": [{"Name": "Engine", "Details": "x"}, 7]});
+        assert_eq!(rewrite(odd)["MinAPIVersion"], "1.24");
+    }
 }

@@ -38,8 +38,11 @@ pub(super) async fn watch(pool: Arc<Pool>, handle: Arc<Handle>) {
     loop {
         match contact(&pool, &handle, &mut identity).await {
             Ok((facts, events)) => {
+                let met = Instant::now();
                 probed(&pool, &handle, Probe::Answered(facts));
                 follow(&pool, &handle, events, &mut identity).await;
+                // Something between that cuts every stream at once is no reason to list without a pause.
+                tokio::time::sleep_until(met + RETRY).await;
             }
             Err(error) => {
                 probed(&pool, &handle, failed(&error));
@@ -81,6 +84,7 @@ async fn contact(
     let info: about::Info = client::json(&handle.endpoint, "/info", deadline).await?;
     let facts = about::facts(&info, &version);
     recognise(pool, handle, identity, &facts);
+    merge(pool, handle, &facts).await;
     let events = client::call(&handle.endpoint, Method::GET, "/events", None);
     let events = tokio::time::timeout(deadline, events).await.map_err(|_| CallError::Timeout(deadline))??;
     let began = pool.now();
@@ -94,7 +98,6 @@ async fn contact(
     let inventory = about::inventory(&containers, &networks, &volumes, &images);
     pool.event(Event::Inventory { daemon: handle.id.clone(), began, inventory });
     pool.know(handle, About::new(&ping, version));
-    merge(pool, handle, &facts).await;
     Ok((facts, events.into_body()))
 }
 
@@ -109,16 +112,17 @@ fn recognise(pool: &Pool, handle: &Handle, identity: &mut Option<String>, facts:
 
 /// Applies events and probes until the events end or the daemon is another.
 async fn follow(pool: &Arc<Pool>, handle: &Handle, mut events: Incoming, identity: &mut Option<String>) {
-    let mut lines: Vec<u8> = Vec::new();
+    let mut lines = Lines::default();
     let mut next = Instant::now() + pool.config.probe_interval;
     let mut probe = None;
+    // Beside the probes: a daemon that is slow to list must be found out in time all the same.
+    let mut list = None;
     loop {
         tokio::select! {
             frame = events.frame() => match frame {
                 Some(Ok(frame)) => {
                     if let Ok(data) = frame.into_data() {
-                        lines.extend_from_slice(&data);
-                        take_lines(pool, handle, &mut lines);
+                        lines.feed(&data, |line| take_line(pool, handle, line));
                     }
                 }
                 // The daemon stopped, or something between cut the stream: meet it again.
@@ -130,8 +134,9 @@ async fn follow(pool: &Arc<Pool>, handle: &Handle, mut events: Incoming, identit
             () = handle.wake.notified(), if probe.is_none() => {
                 probe = Some(Box::pin(client::json::<about::Info>(&handle.endpoint, "/info", pool.config.probe_deadline)));
             }
-            () = handle.relist.notified() => list_images(pool, handle).await,
-            result = async { match probe.as_mut() { Some(p) => p.await, None => std::future::pending().await } } => {
+            () = handle.relist.notified(), if list.is_none() => list = Some(Box::pin(list_images(pool, handle))),
+            () = pending_or(&mut list) => list = None,
+            result = pending_or(&mut probe) => {
                 probe = None;
                 match result {
                     Ok(info) => {
@@ -157,19 +162,53 @@ async fn follow(pool: &Arc<Pool>, handle: &Handle, mut events: Incoming, identit
     }
 }
 
-fn take_lines(pool: &Pool, handle: &Handle, lines: &mut Vec<u8>) {
-    while let Some(end) = lines.iter().position(|b| *b == b'\n') {
-        let line: Vec<u8> = lines.drain(..=end).collect();
-        let Ok(event) = serde_json::from_slice::<DaemonEvent>(&line) else { continue };
-        let project = event.project();
-        let learn = |fact| pool.event(Event::Learned { daemon: handle.id.clone(), open: None, fact });
-        match event.told() {
-            Some(Told::Fact(fact)) => learn(fact),
-            Some(Told::ImagesChanged) => handle.relist.notify_one(),
-            None => {}
-        }
-        project.into_iter().for_each(learn);
+/// What is under way, if anything is.
+async fn pending_or<F: Future + Unpin>(under_way: &mut Option<F>) -> F::Output {
+    match under_way {
+        Some(future) => future.await,
+        None => std::future::pending().await,
     }
+}
+
+/// What an event may say: its container's labels are in it.
+const MAX_LINE: usize = 16 << 20;
+
+/// Cuts a stream into lines. One beyond [`MAX_LINE`] is left out.
+#[derive(Debug, Default)]
+struct Lines {
+    begun: Vec<u8>,
+    skip: bool,
+}
+
+impl Lines {
+    fn feed(&mut self, data: &[u8], mut line: impl FnMut(&[u8])) {
+        for part in data.split_inclusive(|b| *b == b'\n') {
+            self.skip |= self.begun.len() + part.len() > MAX_LINE;
+            if self.skip {
+                self.begun = Vec::new();
+            } else {
+                self.begun.extend_from_slice(part);
+            }
+            if part.ends_with(b"\n") {
+                if !std::mem::take(&mut self.skip) {
+                    line(&self.begun);
+                }
+                self.begun.clear();
+            }
+        }
+    }
+}
+
+fn take_line(pool: &Pool, handle: &Handle, line: &[u8]) {
+    let Ok(event) = serde_json::from_slice::<DaemonEvent>(line) else { return };
+    let project = event.project();
+    let learn = |fact| pool.event(Event::Learned { daemon: handle.id.clone(), open: None, fact });
+    match event.told() {
+        Some(Told::Fact(fact)) => learn(fact),
+        Some(Told::ImagesChanged) => handle.relist.notify_one(),
+        None => {}
+    }
+    project.into_iter().for_each(learn);
 }
 
 /// Lists the images of a daemon anew. A failure changes nothing: the next probe will tell.
@@ -186,6 +225,7 @@ pub(super) async fn list_images(pool: &Pool, handle: &Handle) {
 /// volume made through one and seen through the other does: the local driver keeps its volumes in memory, so
 /// another process on the same data root would not see it.
 async fn merge(pool: &Arc<Pool>, handle: &Handle, facts: &Facts) {
+    let mut unsure = false;
     for other in pool.twins(handle, &facts.engine_id) {
         let marker = format!("dindpool-marker-{}-{}", std::process::id(), pool.next_log_id());
         let body = serde_json::json!({ "Name": marker, "Labels": { "dindpool": "marker" } }).to_string();
@@ -193,6 +233,7 @@ async fn merge(pool: &Arc<Pool>, handle: &Handle, facts: &Facts) {
         let made = client::call(&handle.endpoint, Method::POST, "/volumes/create", Some(body));
         let made = tokio::time::timeout(deadline, made).await;
         if !matches!(&made, Ok(Ok(response)) if response.status().is_success()) {
+            unsure = true;
             continue;
         }
         let path = format!("/volumes/{marker}");
@@ -208,6 +249,9 @@ async fn merge(pool: &Arc<Pool>, handle: &Handle, facts: &Facts) {
             daemon = %handle.id, other = %other.id,
             "two daemons have the same engine id; make sure that they do not share a data root"
         );
+    }
+    if !unsure {
+        pool.distinct(handle);
     }
 }
 
@@ -228,18 +272,55 @@ impl Pool {
             .collect()
     }
 
-    /// Leaves `handle` out of the pool because it is `other`.
-    fn alias(self: &Arc<Self>, handle: &Handle, other: &crate::engine::model::DaemonId) {
+    /// Leaves `handle` out of the pool because it is `other`. Of two that find each other at the same time, the
+    /// second stays.
+    pub(super) fn alias(self: &Arc<Self>, handle: &Handle, other: &crate::engine::model::DaemonId) {
         let mut state = self.lock();
+        if state.daemons.get(other).is_none_or(|m| m.alias_of.is_some()) {
+            return;
+        }
         if let Some(member) = state.daemons.get_mut(&handle.id) {
             member.alias_of = Some(other.clone());
         }
         self.reconcile(&mut state);
     }
 
+    /// `handle` is no other's second name, or no longer.
+    pub(super) fn distinct(self: &Arc<Self>, handle: &Handle) {
+        let mut state = self.lock();
+        let alias = state.daemons.get_mut(&handle.id).and_then(|m| m.alias_of.take());
+        if alias.is_some() {
+            self.reconcile(&mut state);
+        }
+    }
+
     /// Facts from a probe's `/info`, with the versions of the last contact.
     fn facts(&self, handle: &Handle, info: &about::Info) -> Facts {
         let version = super::lock(&handle.about).as_ref().map(|a| a.version.clone()).unwrap_or_default();
         about::facts(info, &version)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_whole_however_they_come_and_bounded() {
+        let (mut lines, mut seen) = (Lines::default(), Vec::new());
+        for data in ["{\"a\":\"\u{e4}", "\"}\n\n{", "}\nrest"] {
+            lines.feed(data.as_bytes(), |line| seen.push(String::from_utf8(line.to_vec()).unwrap()));
+        }
+        assert_eq!(seen, ["{\"a\":\"\u{e4}\"}\n", "\n", "{}\n"]);
+        let mut count = 0;
+        for _ in 0..17 {
+            lines.feed(&vec![b'x'; 1 << 20], |_| count += 1);
+        }
+        assert!(lines.begun.is_empty());
+        lines.feed(b"\nnext\n", |line| {
+            assert_eq!(line, b"next\n");
+            count += 1;
+        });
+        assert_eq!(count, 1);
     }
 }
