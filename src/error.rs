@@ -92,6 +92,12 @@ impl Error {
         }
     }
 
+    /// The message as it may stand in the log: names that a client chose are in it, on one line.
+    pub fn for_log(&self) -> String {
+        let clean = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
+        self.message.chars().map(clean).collect()
+    }
+
     /// Whether the same request may succeed later without a change.
     pub fn retryable(&self) -> bool {
         matches!(self.kind, Kind::NoDaemon | Kind::QueueFull | Kind::ShuttingDown | Kind::DaemonTimeout)
@@ -171,6 +177,12 @@ mod tests {
         let raw = String::from_utf8(Error::new(Kind::NotFound, "x").response(true)).unwrap();
         assert!(raw.contains("Content-Length: 15\r\n"));
         assert!(raw.ends_with("\r\n\r\n"));
+    }
+
+    #[test]
+    fn a_message_is_one_line_in_the_log() {
+        let error = Error::new(Kind::NotFound, "No such container: a\nINFO b\u{1b}[31m");
+        assert_eq!(error.for_log(), "No such container: a\\nINFO b\\u{1b}[31m");
     }
 
     #[test]

@@ -261,7 +261,9 @@ impl Connection {
                 let error = said(&mut daemon, status).await;
                 self.done(&route, &want, Some(&lease), started, "done");
                 lease.finish(Outcome::Done);
-                self.tell(&error, head_only, told).await
+                // What a daemon says may hold a URL with a password: it is for the user, not for the log.
+                refuse(&mut self.client, chunk(&error.stream_line()).as_bytes()).await;
+                Next::Close
             }
             relay::Outcome::ClientGone => {
                 self.done(&route, &want, Some(&lease), started, word(Outcome::ClientGone));
@@ -337,7 +339,7 @@ impl Connection {
                 // Nothing but HTTP/2 may be said here any more.
                 refuse(&mut self.client, &h2::goaway(&error.message, told.settings)).await;
                 self.proxy.metrics.errors.with_label_values(&[error.fault().as_str()]).inc();
-                tracing::warn!(session = %want.key, "{error}");
+                tracing::warn!(session = %want.key, "{}", error.for_log());
                 self.done(route, &want, None, started, "refused");
                 return;
             }
@@ -515,7 +517,7 @@ impl Connection {
     /// Tells the client what went wrong, so that it can read it, and closes.
     async fn refuse(&mut self, error: &Error, head_only: bool) -> Next {
         self.proxy.metrics.errors.with_label_values(&[error.fault().as_str()]).inc();
-        tracing::info!(fault = error.fault().as_str(), status = error.status().0, "{error}");
+        tracing::info!(fault = error.fault().as_str(), status = error.status().0, "{}", error.for_log());
         refuse(&mut self.client, &error.response(head_only)).await;
         Next::Close
     }
@@ -526,7 +528,7 @@ impl Connection {
             return self.refuse(error, head_only).await;
         }
         self.proxy.metrics.errors.with_label_values(&[error.fault().as_str()]).inc();
-        tracing::info!(fault = error.fault().as_str(), "{error}");
+        tracing::info!(fault = error.fault().as_str(), "{}", error.for_log());
         // No terminating chunk: what failed must not look complete.
         refuse(&mut self.client, chunk(&error.stream_line()).as_bytes()).await;
         Next::Close
