@@ -105,7 +105,7 @@ pub async fn run(
     });
     let Running { observations, stop, stopped } = provisioner;
     let pool_task = tokio::spawn(pool.clone().run(observations));
-    let admin_task = tokio::spawn(admin::run(sockets.admin, pool.clone()));
+    let admin_task = tokio::spawn(admin::run(sockets.admin, pool.clone(), proxy.drain.clone()));
     for (listener, bound) in sockets.listeners {
         tokio::spawn(listener::run(proxy.clone(), Arc::new(listener.identity), bound));
     }

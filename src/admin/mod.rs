@@ -5,17 +5,17 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use http_body_util::Full;
-use hyper::body::Incoming;
 use hyper::header::{CONTENT_TYPE, HeaderValue};
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
-use hyper_util::rt::TokioIo;
+use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpListener;
 
+use crate::drain::Drain;
 use crate::pool::Pool;
 
 /// Serves the admin listener until it is dropped.
-pub async fn run(listener: TcpListener, pool: Arc<Pool>) {
+pub async fn run(listener: TcpListener, pool: Arc<Pool>, drain: Drain) {
     loop {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
@@ -25,21 +25,23 @@ pub async fn run(listener: TcpListener, pool: Arc<Pool>) {
                 continue;
             }
         };
-        let pool = pool.clone();
+        let (pool, drain) = (pool.clone(), drain.clone());
         tokio::spawn(async move {
             let service = service_fn(move |request| {
-                let response = answer(&pool, &request);
+                let response = answer(&pool, &drain, &request);
                 async move { Ok::<_, Infallible>(response) }
             });
             // A client that breaks off its own request is no fault of ours.
             let _ = hyper::server::conn::http1::Builder::new()
+                // With it, a client that sends no head is dropped after hyper's 30 s.
+                .timer(TokioTimer::new())
                 .serve_connection(TokioIo::new(stream), service)
                 .await;
         });
     }
 }
 
-fn answer(pool: &Pool, request: &Request<Incoming>) -> Response<Full<Bytes>> {
+fn answer<B>(pool: &Pool, drain: &Drain, request: &Request<B>) -> Response<Full<Bytes>> {
     if !matches!(*request.method(), Method::GET | Method::HEAD) {
         return reply(StatusCode::METHOD_NOT_ALLOWED, "text/plain; charset=utf-8", "only GET\n");
     }
@@ -49,6 +51,10 @@ fn answer(pool: &Pool, request: &Request<Incoming>) -> Response<Full<Bytes>> {
             reply(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", text)
         }
         "/livez" => reply(StatusCode::OK, "text/plain; charset=utf-8", "ok\n"),
+        // Whoever sends clients here must stop before the listeners are gone for good.
+        "/readyz" if drain.is_stopping() => {
+            reply(StatusCode::SERVICE_UNAVAILABLE, "text/plain; charset=utf-8", "shutting down\n")
+        }
         "/readyz" if pool.is_ready() => reply(StatusCode::OK, "text/plain; charset=utf-8", "ok\n"),
         "/readyz" => {
             reply(StatusCode::SERVICE_UNAVAILABLE, "text/plain; charset=utf-8", "no healthy daemon\n")
@@ -72,4 +78,28 @@ fn reply(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>)
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::metrics::Metrics;
+
+    #[tokio::test]
+    async fn a_proxy_that_stops_is_alive_and_not_ready() {
+        let metrics = Metrics::new(prometheus::Registry::new()).unwrap();
+        let (pool, drain) = (Pool::new(crate::pool::Config::default(), metrics, 1), Drain::new());
+        let get = |path: &str| {
+            let request = Request::get(path).body(()).unwrap();
+            let response = answer(&pool, &drain, &request);
+            (response.status().as_u16(), response.into_body())
+        };
+        assert_eq!(get("/readyz").0, 503);
+        drain.finish(std::time::Duration::ZERO).await;
+        let (status, body) = get("/readyz");
+        let body = http_body_util::BodyExt::collect(body).await.unwrap().to_bytes();
+        assert_eq!((status, &body[..]), (503, &b"shutting down\n"[..]));
+        assert_eq!(get("/livez").0, 200);
+        assert_eq!(get("/nothing").0, 404);
+    }
 }
