@@ -21,6 +21,9 @@ pub const DEFAULT_LISTEN: &str = "tcp://0.0.0.0:2375";
 /// Beside Docker's own metrics port (9323), free in the Prometheus exporters' list.
 pub const DEFAULT_ADMIN: &str = "127.0.0.1:9375";
 
+/// Sums of durations are computed with, and must not overflow.
+const MAX_DURATION: Duration = Duration::from_secs(366 * 24 * 3600);
+
 /// A listener as it was typed.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct RawListener {
@@ -215,6 +218,9 @@ impl Raw {
         let mut faults = Vec::new();
         let default = || vec![RawListener { address: DEFAULT_LISTEN.into(), ..RawListener::default() }];
         let listen = self.listen.unwrap_or_else(default);
+        if listen.is_empty() {
+            faults.push("listen: no address; leave it out for the default, tcp://0.0.0.0:2375".into());
+        }
         let listen: Vec<Listener> = listen.into_iter().filter_map(|l| listener(l, &mut faults)).collect();
         let daemons: Vec<FixedAddress> = self
             .daemons
@@ -239,6 +245,9 @@ impl Raw {
         let mut set = |name: &str, text: Option<String>, to: &mut Duration, min: Duration| {
             let Some(text) = text else { return };
             match duration(&text) {
+                Some(value) if value > MAX_DURATION => {
+                    faults.push(format!("{name}: {text} is more than a year"))
+                }
                 Some(value) if value >= min => *to = value,
                 Some(_) => faults.push(format!("{name}: {text} is less than {} ms", min.as_millis())),
                 None => faults.push(format!("{name}: {text} is no duration; use 500ms, 30s, 5m or 2h")),
@@ -381,6 +390,11 @@ mod tests {
             .unwrap();
         let Faults(faults) = raw.validate(true).unwrap_err();
         for word in ["slots", "admin", "session_grace", "listen"] {
+            assert!(faults.iter().any(|f| f.starts_with(word)), "{word} in {faults:?}");
+        }
+        let raw = Raw::from_toml("listen = []\nqueue_wait = \"999999999999h\"").unwrap();
+        let Faults(faults) = raw.validate(false).unwrap_err();
+        for word in ["listen: no address", "queue_wait: 999999999999h is more"] {
             assert!(faults.iter().any(|f| f.starts_with(word)), "{word} in {faults:?}");
         }
     }
