@@ -103,12 +103,12 @@ impl Route {
     }
 
     fn on(mut self, kind: Kind, reference: &str) -> Self {
-        self.target = Some(ObjectRef { kind, reference: decode(reference).into_owned() });
+        self.target = Some(ObjectRef { kind, reference: reference.to_string() });
         self
     }
 
     fn image(mut self, reference: &str) -> Self {
-        self.image = Some(normalise(&decode(reference)));
+        self.image = Some(normalise(reference));
         self
     }
 
@@ -177,19 +177,22 @@ pub fn prefix(target: &str) -> Prefix<'_> {
     }
 }
 
-/// `/v1.51/containers/json` → `(Some((1, 51)), "/containers/json")`.
+/// `/v1.51/containers/json` → `(Some((1, 51)), "/containers/json")`. As dockerd's routes, it takes any digits and
+/// dots for a version.
 fn versioned(path: &str) -> (Option<ApiVersion>, &str) {
     let parsed = path.strip_prefix("/v").and_then(|rest| {
         let (version, _) = rest.split_once('/')?;
-        let api = crate::pool::about::api_version(version)?;
-        Some((Some(api), &rest[version.len()..]))
+        let plausible = !version.is_empty() && version.bytes().all(|b| b.is_ascii_digit() || b == b'.');
+        plausible.then(|| (crate::pool::about::api_version(version), &rest[version.len()..]))
     });
     parsed.unwrap_or((None, path))
 }
 
 /// Classifies a request by its method, its path without dindpool's prefixes, and its query.
 pub fn classify(method: &str, path: &str, query: Option<&str>) -> Route {
-    let (api, path) = versioned(path);
+    // dockerd decodes the whole path before it looks for a route: `/%73warm/init` is `/swarm/init`.
+    let path = decode(path);
+    let (api, path) = versioned(&path);
     let query = query.unwrap_or_default();
     let mut route = route(method, path, query);
     route.api = api;
@@ -466,6 +469,7 @@ mod tests {
             ("DELETE", "/images/app", "docker.io/library/app:latest"),
             ("GET", "/images/get?names=app%3A2&names=b", "docker.io/library/app:2"),
             ("GET", "/images/json/json", "docker.io/library/json:latest"),
+            ("GET", "/images/get?names=app%253A2", "docker.io/library/app%3A2:latest"),
         ] {
             assert_eq!(of(method, target).image.as_deref(), Some(image), "{method} {target}");
         }
@@ -540,6 +544,10 @@ mod tests {
     fn swarm_and_plugins_can_be_read_and_not_changed() {
         assert!(of("GET", "/nodes").refuse.is_none());
         assert!(of("POST", "/swarm/init").refuse.is_some());
+        for disguised in ["/%73warm/init", "/v1.41/%73warm%2finit", "/v1.41.0.0/swarm/init", "/v1/swarm/init"]
+        {
+            assert!(of("POST", disguised).refuse.is_some(), "{disguised}");
+        }
         assert!(of("POST", "/plugins/pull?remote=x").refuse.is_some());
     }
 
