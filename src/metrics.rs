@@ -32,6 +32,8 @@ pub struct Metrics {
     /// Tickets whose client left.
     pub queue_abandoned: IntCounter,
     tenants: Arc<Mutex<BTreeSet<String>>>,
+    /// Held while the gauges of the pool are set and read: two scrapes at once would add up.
+    rendering: Arc<Mutex<()>>,
     images: IntGauge,
     /// Client connections that are open, by listener kind (`tcp`, `unix`).
     pub connections: IntGaugeVec,
@@ -137,6 +139,7 @@ impl Metrics {
                 "Tickets whose client left the queue.",
             )?,
             tenants: Arc::default(),
+            rendering: Arc::default(),
             images: gauge("dindpool_image_references", "Image references that the pool knows.")?,
             connections: gauges("dindpool_connections", "Open client connections.", &["listener"])?,
             accepted: counters("dindpool_connections_total", "Client connections accepted.", &["listener"])?,
@@ -173,6 +176,7 @@ impl Metrics {
 
     /// The exposition in the text format, with the gauges of the pool as `status` has them.
     pub fn render(&self, status: &Status) -> String {
+        let _one = self.rendering.lock().unwrap_or_else(PoisonError::into_inner);
         self.daemons.reset();
         // A daemon that has gone leaves no series behind.
         for gauge in [&self.daemon_up, &self.slots, &self.slots_used, &self.daemon_sessions] {

@@ -69,6 +69,8 @@ pub struct Handle {
     wake: Notify,
     /// List its images now.
     relist: Notify,
+    /// When listing its images has failed last, if that was the last time.
+    unlisted: Mutex<Option<Instant>>,
     about: Mutex<Option<Arc<About>>>,
 }
 
@@ -476,6 +478,7 @@ impl Pool {
                 source_ips: spec.source_ips.clone(),
                 wake: Notify::new(),
                 relist: Notify::new(),
+                unlisted: Mutex::new(None),
                 about: Mutex::new(None),
             });
             let watch = tokio::spawn(watch::watch(self.clone(), handle.clone()));
@@ -504,12 +507,13 @@ impl Pool {
             let well =
                 |id: &DaemonId| state.engine.daemons().any(|d| d.id == *id && d.health == Health::Healthy);
             let stale = state.engine.stale_images().into_iter().filter(well);
-            stale.filter_map(|id| state.daemons.get(&id).map(|m| m.handle.clone())).collect()
+            let handles = stale.filter_map(|id| state.daemons.get(&id).map(|m| m.handle.clone()));
+            handles.filter(|handle| watch::lists_quickly(handle)).collect()
         };
         let mut lists = tokio::task::JoinSet::new();
         for handle in stale {
             let pool = self.clone();
-            lists.spawn(async move { watch::list_images(&pool, &handle).await });
+            lists.spawn(async move { watch::list_images(&pool, &handle, watch::QUICK_LIST_DEADLINE).await });
         }
         while lists.join_next().await.is_some() {}
     }
@@ -595,6 +599,18 @@ mod tests {
         pool.alias(&handle(&pool, "a"), &"b".into());
         observe(&pool, &["a"]);
         assert_eq!(ids(&pool), ["a"], "its other name has gone");
+    }
+
+    #[tokio::test]
+    async fn a_daemon_that_cannot_list_its_images_is_not_waited_for_again_at_once() {
+        let pool = pool();
+        observe(&pool, &["a"]);
+        let handle = handle(&pool, "a");
+        assert!(watch::lists_quickly(&handle));
+        watch::list_images(&pool, &handle, watch::QUICK_LIST_DEADLINE).await;
+        assert!(!watch::lists_quickly(&handle));
+        // Its watch does it instead, without anybody waiting.
+        handle.relist.notified().await;
     }
 
     #[tokio::test(start_paused = true)]

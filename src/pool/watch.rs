@@ -30,7 +30,9 @@ const RETRY: Duration = Duration::from_millis(200);
 /// Lists of a busy daemon with thousands of containers take longer than a probe may.
 const LIST_DEADLINE: Duration = Duration::from_secs(20);
 /// A list that a request waits for.
-const QUICK_LIST_DEADLINE: Duration = Duration::from_secs(2);
+pub(super) const QUICK_LIST_DEADLINE: Duration = Duration::from_secs(2);
+/// After a list that came too late, requests go on without one for so long.
+const WITHOUT_LIST: Duration = Duration::from_secs(10);
 
 /// Watches `handle` until it is aborted.
 pub(super) async fn watch(pool: Arc<Pool>, handle: Arc<Handle>) {
@@ -87,6 +89,9 @@ async fn contact(
     merge(pool, handle, &facts).await;
     let events = client::call(&handle.endpoint, Method::GET, "/events", None);
     let events = tokio::time::timeout(deadline, events).await.map_err(|_| CallError::Timeout(deadline))??;
+    if !events.status().is_success() {
+        return Err(CallError::Status { path: "/events".into(), status: events.status().as_u16() });
+    }
     let began = pool.now();
     let list = |path: &'static str| client::json::<Value>(&handle.endpoint, path, LIST_DEADLINE);
     let (containers, networks, volumes, images) = tokio::try_join!(
@@ -134,7 +139,7 @@ async fn follow(pool: &Arc<Pool>, handle: &Handle, mut events: Incoming, identit
             () = handle.wake.notified(), if probe.is_none() => {
                 probe = Some(Box::pin(client::json::<about::Info>(&handle.endpoint, "/info", pool.config.probe_deadline)));
             }
-            () = handle.relist.notified(), if list.is_none() => list = Some(Box::pin(list_images(pool, handle))),
+            () = handle.relist.notified(), if list.is_none() => list = Some(Box::pin(list_images(pool, handle, LIST_DEADLINE))),
             () = pending_or(&mut list) => list = None,
             result = pending_or(&mut probe) => {
                 probe = None;
@@ -211,12 +216,24 @@ fn take_line(pool: &Pool, handle: &Handle, line: &[u8]) {
     project.into_iter().for_each(learn);
 }
 
+/// Whether a request may wait for a list of this daemon's images.
+pub(super) fn lists_quickly(handle: &Handle) -> bool {
+    super::lock(&handle.unlisted).is_none_or(|at| at.elapsed() > WITHOUT_LIST)
+}
+
 /// Lists the images of a daemon anew. A failure changes nothing: the next probe will tell.
-pub(super) async fn list_images(pool: &Pool, handle: &Handle) {
+pub(super) async fn list_images(pool: &Pool, handle: &Handle, deadline: Duration) {
     let began = pool.now();
-    if let Ok(images) = client::json::<Value>(&handle.endpoint, "/images/json", QUICK_LIST_DEADLINE).await {
-        let images = about::listed_images(&images);
-        pool.event(Event::Images { daemon: handle.id.clone(), began, images });
+    let images = client::json::<Value>(&handle.endpoint, "/images/json", deadline).await;
+    *super::lock(&handle.unlisted) = images.is_err().then(std::time::Instant::now);
+    match images {
+        Ok(images) => {
+            let images = about::listed_images(&images);
+            pool.event(Event::Images { daemon: handle.id.clone(), began, images });
+        }
+        // A daemon with thousands of images takes longer than a request waits: its watch has the time.
+        Err(_) if deadline < LIST_DEADLINE => handle.relist.notify_one(),
+        Err(_) => {}
     }
 }
 

@@ -170,6 +170,8 @@ impl Connection {
         if let Some(why) = route.refuse {
             return self.refuse(&Error::new(Kind::NotImplemented, why), head_only).await;
         }
+        // A body that nobody reads would be taken for the next request.
+        let keep_alive = head.keep_alive && has_no_body(&head) && !self.proxy.drain.is_stopping();
         match route.local {
             Some(Local::Ping) if self.proxy.pool.queue_is_full() => {
                 // BuildKit can only be refused here: anywhere later buildx falls back to another driver.
@@ -177,15 +179,13 @@ impl Connection {
                     Ok(identity) => self.proxy.pool.refuses(&identity.key),
                     Err(error) => return self.refuse(&error, head_only).await,
                 };
-                let answer = local::ping(&self.proxy.pool, head_only, head.keep_alive, refused);
+                let answer = local::ping(&self.proxy.pool, head_only, keep_alive, refused);
                 return self.answer(&head, answer).await;
             }
             Some(Local::Ping) => {
-                return self
-                    .answer(&head, local::ping(&self.proxy.pool, head_only, head.keep_alive, false))
-                    .await;
+                return self.answer(&head, local::ping(&self.proxy.pool, head_only, keep_alive, false)).await;
             }
-            Some(Local::Version) => match local::version(&self.proxy.pool, head.keep_alive) {
+            Some(Local::Version) => match local::version(&self.proxy.pool, keep_alive) {
                 Ok(answer) => return self.answer(&head, answer).await,
                 Err(error) => return self.refuse(&error, head_only).await,
             },
@@ -503,8 +503,7 @@ impl Connection {
     /// Writes an answer of the proxy's own.
     async fn answer(&mut self, head: &RequestHead, answer: Vec<u8>) -> Next {
         self.proxy.metrics.requests.with_label_values(&["local", "done"]).inc();
-        // A body that nobody reads would be taken for the next request.
-        if head.framing != Framing::None && head.framing != Framing::Length(0) {
+        if !has_no_body(head) {
             refuse(&mut self.client, &answer).await;
             return Next::Close;
         }
@@ -611,6 +610,10 @@ fn manner(head: &RequestHead, route: &Route) -> Manner {
         }
         _ => Manner::Silent,
     }
+}
+
+fn has_no_body(head: &RequestHead) -> bool {
+    matches!(head.framing, Framing::None | Framing::Length(0))
 }
 
 /// As dockerd reads a flag in a query; docker-py sends `True`.
