@@ -386,7 +386,7 @@ impl Connection {
         if self.source.is_none() {
             self.source = Some(match self.origin {
                 Origin::Unix(pid, uid) => self.proxy.peers.unix(pid, uid),
-                Origin::Tcp(client, server) if client.ip().to_canonical().is_loopback() => {
+                Origin::Tcp(client, server) if is_local(client, server) => {
                     let canonical = |a: SocketAddr| SocketAddr::new(a.ip().to_canonical(), a.port());
                     self.proxy.peers.clone().loopback(canonical(client), canonical(server)).await
                 }
@@ -656,6 +656,12 @@ fn word(outcome: Outcome) -> &'static str {
     }
 }
 
+/// Whether a client is on this machine: a connection to an own address comes from that address.
+fn is_local(client: SocketAddr, server: SocketAddr) -> bool {
+    let client = client.ip().to_canonical();
+    client.is_loopback() || client == server.ip().to_canonical()
+}
+
 /// Whether a connection failed for want of something on this side.
 fn is_own_fault(error: &io::Error) -> bool {
     matches!(
@@ -772,6 +778,15 @@ mod tests {
             let route = classify("POST", "/build", Some(query));
             assert_eq!(manner(&head, &route) == Manner::Silent, quiet, "{query}");
         }
+    }
+
+    #[test]
+    fn a_client_of_this_machine_is_known_by_any_of_its_addresses() {
+        let local = |client: &str, server: &str| is_local(client.parse().unwrap(), server.parse().unwrap());
+        assert!(local("127.0.0.1:9", "127.0.0.1:2375"));
+        assert!(local("[::ffff:127.0.0.1]:9", "[::ffff:127.0.0.1]:2375"));
+        assert!(local("10.0.0.5:9", "[::ffff:10.0.0.5]:2375"));
+        assert!(!local("10.0.0.6:9", "10.0.0.5:2375"));
     }
 
     #[test]
