@@ -318,6 +318,10 @@ impl Connection {
         let reached = self.reach(&want, Manner::Http2, &mut told).await;
         let (lease, mut daemon) = match reached {
             Ok(reached) => reached,
+            Err(error) if error.kind == Kind::ClientGone => {
+                self.done(route, &want, None, started, word(Outcome::ClientGone));
+                return;
+            }
             Err(error) => {
                 // Nothing but HTTP/2 may be said here any more; buildx prints that its connection ended.
                 self.proxy.metrics.errors.with_label_values(&[error.fault().as_str()]).inc();
