@@ -176,11 +176,10 @@ impl Engine {
         }
         match placement {
             Placement::Bind(_) if acquire.class == Class::Join => {
-                let uuid = acquire.target.as_ref().map(|t| t.reference.as_str());
                 let bound = self.sessions.get(&acquire.key).is_some_and(|s| s.lease().is_some());
                 // `/session` may come before its `/build` (CLI 20.10 sends both at once): bound to a full daemon
                 // by it, the build could wait nowhere else.
-                self.queue.waits_with(&acquire.key, uuid, bound) || (!bound && !self.any_room())
+                self.waits_with_build(acquire) || (!bound && !self.any_room())
             }
             Placement::Bind(daemon) => {
                 self.needs_slot(acquire, daemon)
@@ -190,7 +189,7 @@ impl Engine {
                         || !self.queue.tickets.is_empty())
             }
             Placement::Refuse(Refusal::NoDaemon(_)) => {
-                matches!(acquire.class, Class::Work(_)) && self.expects_room()
+                matches!(acquire.class, Class::Work(_) | Class::Join) && self.expects_room()
             }
             _ => false,
         }
@@ -199,17 +198,22 @@ impl Engine {
     /// Puts a request into the queue, or refuses it because the queue is full.
     pub(super) fn enqueue(&mut self, acquire: Acquire, now: Time) {
         let request = acquire.request;
+        let until = acquire.deadline.unwrap_or(Time::MAX).min(now + self.config.max_wait);
         if acquire.class == Class::Join {
+            if self.queue_is_full() && !self.waits_with_build(&acquire) {
+                // Its build is refused, or has been: a client that is left with this alone never ends.
+                let refusal = Refusal::QueueFull(self.full_message());
+                self.effects.push(Effect::Refused { request, refusal });
+                return;
+            }
+            self.timers.insert((until, Timer::Ticket(request)));
             self.queue.joins.insert(request, acquire);
             return;
         }
         let tenant = acquire.tenant.clone();
         let of_tenant = self.queue.len_of(&tenant);
         let refusal = if self.queue_is_full() {
-            let limit = self.config.queue_limit;
-            Some(format!(
-                "the queue is full: {limit} of at most {limit} builds wait already; try again later"
-            ))
+            Some(self.full_message())
         } else {
             self.config.tenant_waiting.filter(|limit| of_tenant >= *limit).map(|limit| {
                 format!(
@@ -219,10 +223,11 @@ impl Engine {
             })
         };
         if let Some(message) = refusal {
-            self.effects.push(Effect::Refused { request, refusal: Refusal::QueueFull(message) });
+            let refusal = Refusal::QueueFull(message);
+            self.effects.push(Effect::Refused { request, refusal: refusal.clone() });
+            self.refuse_joins(&acquire, &refusal);
             return;
         }
-        let until = acquire.deadline.unwrap_or(Time::MAX).min(now + self.config.max_wait);
         self.timers.insert((until, Timer::Ticket(request)));
         let (key, tenant) = (acquire.key.clone(), acquire.tenant.clone());
         self.queue.push(acquire, now);
@@ -233,12 +238,51 @@ impl Engine {
     /// The client of a waiting request has gone.
     pub(super) fn abandon(&mut self, request: RequestId) {
         self.queue.joins.remove(&request);
-        if self.queue.remove(request, false).is_some() {
+        if let Some(ticket) = self.queue.remove(request, false) {
             self.queue.changed = true;
+            let message = "the build that this session belongs to has left the queue".to_string();
+            self.refuse_joins(&ticket.acquire, &Refusal::QueueFull(message));
         }
     }
 
+    /// Refuses the `/session` of a build that waits no longer and got no slot. Its client ends only when that is
+    /// answered (CLI 20.10, measured: it ignores Ctrl-C until then).
+    fn refuse_joins(&mut self, build: &Acquire, refusal: &Refusal) {
+        let uuid = |a: &Acquire| a.target.as_ref().filter(|t| t.kind == Kind::BuildSession).cloned();
+        let of_build = |join: &Acquire| {
+            join.key == build.key || uuid(join).is_some_and(|join| uuid(build) == Some(join))
+        };
+        let orphans: Vec<RequestId> = (self.queue.joins.iter())
+            .filter(|(_, join)| of_build(join) && !self.waits_with_build(join))
+            .map(|(request, _)| *request)
+            .collect();
+        for request in orphans {
+            self.queue.joins.remove(&request);
+            self.effects.push(Effect::Refused { request, refusal: refusal.clone() });
+        }
+    }
+
+    fn waits_with_build(&self, join: &Acquire) -> bool {
+        let uuid = join.target.as_ref().map(|t| t.reference.as_str());
+        let bound = self.sessions.get(&join.key).is_some_and(|s| s.lease().is_some());
+        self.queue.waits_with(&join.key, uuid, bound)
+    }
+
+    fn full_message(&self) -> String {
+        let limit = self.config.queue_limit;
+        format!("the queue is full: {limit} of at most {limit} builds wait already; try again later")
+    }
+
     pub(super) fn ticket_due(&mut self, request: RequestId, now: Time) {
+        if let Some(join) = self.queue.joins.get(&request) {
+            if self.waits_with_build(join) {
+                return; // What becomes of its build becomes of it.
+            }
+            self.queue.joins.remove(&request);
+            let message = "no build that belongs to this session got a slot".to_string();
+            self.effects.push(Effect::Refused { request, refusal: Refusal::QueueFull(message) });
+            return;
+        }
         let place = self.position(request);
         let Some(ticket) = self.queue.remove(request, false) else { return };
         self.queue.changed = true;
@@ -248,7 +292,9 @@ impl Engine {
             "no slot came free within {waited} s, the longest wait (position {position} of {of} now); try again \
              later"
         );
-        self.effects.push(Effect::Refused { request, refusal: Refusal::QueueFull(message) });
+        let refusal = Refusal::QueueFull(message);
+        self.effects.push(Effect::Refused { request, refusal: refusal.clone() });
+        self.refuse_joins(&ticket.acquire, &refusal);
     }
 
     /// Lets in who can be let in, after anything that may have made room.
@@ -590,6 +636,35 @@ mod tests {
         let Refusal::QueueFull(text) = &pool.refused[&late] else { panic!("no refusal") };
         assert!(text.contains("position 1 of 1"), "{text}");
         assert!(pool.engine.tickets().is_empty());
+    }
+
+    #[test]
+    fn a_session_is_refused_with_the_build_that_it_waits_for() {
+        let mut pool = Pool::of(&["a"], Config { queue_limit: 1, ..config() });
+        pool.build("t", "x");
+        // The client leaves.
+        let build = pool.ask("t", "y", Class::Work(Work::Build), Some("1"));
+        let session = pool.ask("t", "y", Class::Join, Some("1"));
+        let other = pool.ask("t", "z", Class::Join, Some("2"));
+        assert!(matches!(pool.refused[&other], Refusal::QueueFull(_)), "its build would be refused");
+        assert!(pool.waits(build) && pool.waits(session));
+        pool.tell(Event::Abandon(build));
+        assert!(matches!(pool.refused[&session], Refusal::QueueFull(_)));
+        // The longest wait is over.
+        let session = pool.ask("t", "y", Class::Join, Some("3"));
+        assert!(pool.waits(session), "it came before its build");
+        let build = pool.ask("t", "y", Class::Work(Work::Build), Some("3"));
+        // The queue is full for another's build, whichever of its two requests came first.
+        let late = pool.ask("t", "z", Class::Work(Work::Build), Some("4"));
+        assert!(matches!(pool.refused[&late], Refusal::QueueFull(_)));
+        assert!(pool.waits(build) && pool.waits(session));
+        pool.pass(config().max_wait);
+        assert_eq!(pool.refused[&session], pool.refused[&build]);
+        // Without any build it does not wait for ever.
+        let session = pool.ask("t", "y", Class::Join, Some("5"));
+        assert!(pool.waits(session));
+        pool.pass(config().max_wait);
+        assert!(!pool.waits(session));
     }
 
     #[test]

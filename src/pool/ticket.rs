@@ -62,6 +62,8 @@ impl Drop for Ticket {
         }
         let mut state = self.pool.lock();
         state.waiting.remove(&self.request);
+        // A `/session` waits with its build's ticket, and is none of its own.
+        let waited = state.engine.position(self.request).is_some();
         self.pool.handle(&mut state, Event::Abandon(self.request));
         // Granted in the very moment in which its client left: straight back.
         self.answer.close();
@@ -70,7 +72,8 @@ impl Drop for Ticket {
                 let outcome = Outcome::ClientGone;
                 self.pool.handle(&mut state, Event::Release { open: granted.open, outcome });
             }
-            _ => self.pool.metrics.queue_abandoned.inc(),
+            _ if waited => self.pool.metrics.queue_abandoned.inc(),
+            _ => {}
         }
     }
 }

@@ -335,6 +335,10 @@ impl Connection {
         let reached = self.reach(&want, Manner::Http2, &mut told).await;
         let (lease, mut daemon) = match reached {
             Ok(reached) => reached,
+            Err(error) if error.kind == Kind::ClientGone => {
+                self.done(route, &want, None, started, word(Outcome::ClientGone));
+                return;
+            }
             Err(error) => {
                 // Nothing but HTTP/2 may be said here any more.
                 refuse(&mut self.client, &h2::goaway(&error.message, told.settings)).await;

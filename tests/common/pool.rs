@@ -33,7 +33,9 @@ pub struct PoolBuilder {
     command: &'static str,
     args: Vec<String>,
     env: Vec<(String, String)>,
+    tenants: Vec<(String, String)>,
     up: bool,
+    early: bool,
 }
 
 impl Pool {
@@ -43,13 +45,13 @@ impl Pool {
         for path in dockerds {
             args.extend(["--dockerd".into(), path.display().to_string()]);
         }
-        PoolBuilder { command: "up", args, env: roomy(), up: true }
+        PoolBuilder { command: "up", args, env: roomy(), tenants: Vec::new(), up: true, early: false }
     }
 
     /// A proxy in front of daemons that somebody else runs.
     pub fn serve<'a>(daemons: impl IntoIterator<Item = &'a Addr>) -> PoolBuilder {
         let args = daemons.into_iter().flat_map(|addr| ["--daemon".into(), addr.url()]).collect();
-        PoolBuilder { command: "serve", args, env: roomy(), up: false }
+        PoolBuilder { command: "serve", args, env: roomy(), tenants: Vec::new(), up: false, early: false }
     }
 
     /// What `DOCKER_HOST` is to be.
@@ -196,6 +198,18 @@ impl PoolBuilder {
         self.arg("--listen").arg(url)
     }
 
+    /// Another TCP listener, on this loopback address, whose clients belong to a tenant.
+    pub fn tenant(mut self, host: &str, tenant: &str) -> Self {
+        self.tenants.push((host.into(), tenant.into()));
+        self
+    }
+
+    /// `up` counts as started as soon as it listens, whatever its daemons do.
+    pub fn early(mut self) -> Self {
+        self.early = true;
+        self
+    }
+
     /// Starts it and waits until it serves; `up` also until all daemons are ready.
     #[track_caller]
     pub fn start(self) -> Pool {
@@ -205,10 +219,22 @@ impl PoolBuilder {
         let binary =
             std::env::var_os("DINDPOOL_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_dindpool").into());
         let mut command = Command::new(binary);
-        command
-            .arg(self.command)
-            .args(["--listen", "tcp://127.0.0.1:0", "--admin", "127.0.0.1:0"])
-            .args(["--listen", &format!("unix://{}", socket.display())]);
+        command.arg(self.command).args(["--admin", "127.0.0.1:0"]);
+        let own = ["tcp://127.0.0.1:0".to_string(), format!("unix://{}", socket.display())];
+        if self.tenants.is_empty() {
+            command.args(own.iter().flat_map(|address| ["--listen", address]));
+        } else {
+            // A flag would replace the file's list, and only the file names tenants.
+            let tenants = self
+                .tenants
+                .iter()
+                .map(|(host, tenant)| format!("{{ address = \"tcp://{host}:0\", tenant = \"{tenant}\" }}"));
+            let all: Vec<String> =
+                own.iter().map(|address| format!("\"{address}\"")).chain(tenants).collect();
+            let file = dir.path().join("dindpool.toml");
+            fs::write(&file, format!("listen = [{}]\n", all.join(", "))).expect("a configuration");
+            command.arg("--config").arg(file);
+        }
         if self.up {
             command.arg("--data").arg(dir.path().join("d"));
         }
@@ -241,7 +267,7 @@ impl PoolBuilder {
             let tcp = find("listening on tcp://127.0.0.1:")?;
             find("listening on unix://")?;
             let admin = find("admin on ")?;
-            (!self.up || find("export DOCKER_HOST=").is_some())
+            (!self.up || self.early || find("export DOCKER_HOST=").is_some())
                 .then(|| (Addr::Tcp(format!("127.0.0.1:{tcp}")), Addr::parse(&admin)))
         };
         let Some(((tcp, admin), _)) = poll(secs(180), || ready(&mut process)) else {
