@@ -25,8 +25,9 @@ impl Serve {
         let settings = raw.validate(true)?;
         telemetry::start(settings.log_json, &settings.log_level);
         let sockets = Sockets::bind(&settings).await?;
+        let shutdown = signals()?;
         sockets.announce();
         let provisioner = fixed::start(settings.daemons.clone(), fixed::Options::default());
-        app::run(settings, sockets, provisioner, signals(), |_| Box::pin(async {})).await
+        app::run(settings, sockets, provisioner, shutdown, |_| Box::pin(async {})).await
     }
 }

@@ -76,10 +76,12 @@ impl Up {
         options.dockerd = self.dockerd;
         options.extra_args = self.dockerd_arg;
         options.progress = Some(progress);
+        // From here on Ctrl-C stops in order: daemons are about to be started.
+        let shutdown = signals()?;
         let provisioner = process::start(options).await?;
         sockets.announce();
         let beside = move |pool| -> app::Beside { Box::pin(announce(pool, lines, addresses, self.daemons)) };
-        app::run(settings, sockets, provisioner, signals(), beside).await
+        app::run(settings, sockets, provisioner, shutdown, beside).await
     }
 }
 

@@ -56,6 +56,11 @@ pub fn identify(
     header: Option<&[u8]>,
 ) -> Result<Identity, Error> {
     let tenant = match prefix.tenant {
+        // Who listens for one team only does not let a client choose another: quota and fairness are the team's.
+        Some(tenant) if listener.tenant.as_str() != "default" && tenant != listener.tenant.as_str() => {
+            let message = format!("this listener is for tenant {}, not for {tenant}", listener.tenant);
+            return Err(Error::new(Kind::BadRequest, message));
+        }
         Some(tenant) => Tenant::from(checked("the tenant in the path", tenant)?),
         None => listener.tenant.clone(),
     };
@@ -209,6 +214,14 @@ mod tests {
         let without = identify(&listener(), &ip(), &Prefix::default(), None).unwrap();
         assert_eq!(with.key.as_str(), "team-a/ip:10.0.0.7");
         assert_eq!(with.source, Some(without.key));
+    }
+
+    #[test]
+    fn a_listener_of_one_tenant_takes_no_other() {
+        let own = ListenerIdentity { tenant: "team-a".into(), session: None };
+        let path = |tenant| Prefix { session: None, tenant: Some(tenant), length: 9 };
+        assert!(identify(&own, &ip(), &path("team-a"), None).is_ok());
+        assert!(identify(&own, &ip(), &path("team-b"), None).unwrap_err().message.contains("team-a"));
     }
 
     #[test]

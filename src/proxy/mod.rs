@@ -465,7 +465,12 @@ impl Connection {
         let mut tried: Vec<DaemonId> = Vec::new();
         loop {
             let ticket = self.proxy.pool.acquire(want).await;
-            let lease = wait(&mut self.client, ticket, manner, told).await?;
+            let waiting = wait(&mut self.client, ticket, manner, told);
+            // Who still waits when the proxy is told to stop, waits for nothing.
+            let Some(lease) = self.proxy.drain.unless_stopping(waiting).await else {
+                return Err(Error::new(Kind::ShuttingDown, "dindpool is shutting down; try again"));
+            };
+            let lease = lease?;
             let id = lease.daemon().id.clone();
             if let Some((kept, side)) = self.kept.take()
                 // A daemon of the same name at another address is another one.
