@@ -33,8 +33,8 @@ use self::learn::{Named, Watcher};
 use self::peer::Peers;
 use self::relay::h2::{self, PREFACE};
 use self::relay::{
-    Framing, HeadError, Options, RequestHead, ResponseHead, Side, TunnelCause, TunnelKind, Version, exchange,
-    refuse, tunnel,
+    Framing, HeadError, Options, Peer, RequestHead, ResponseHead, Side, TunnelCause, TunnelKind, Version,
+    exchange, refuse, tunnel,
 };
 use self::solve::SolveTap;
 use self::wait::{Manner, Told, chunk, wait};
@@ -136,6 +136,18 @@ impl Connection {
         }
     }
 
+    /// Waits while the very first daemon is on its way: buildx asks for `/version` before it builds, and ends if
+    /// that fails. False if the client left.
+    async fn first_daemon(&mut self) -> bool {
+        while self.proxy.pool.about(None).is_none() && self.proxy.pool.expects_room() {
+            if self.client.peer() != Peer::Open {
+                return false;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        true
+    }
+
     async fn next_request(&mut self) -> Next {
         // A client that has begun a request may end it.
         let head = if self.client.buffered().is_empty() {
@@ -185,10 +197,15 @@ impl Connection {
             Some(Local::Ping) => {
                 return self.answer(&head, local::ping(&self.proxy.pool, head_only, keep_alive, false)).await;
             }
-            Some(Local::Version) => match local::version(&self.proxy.pool, keep_alive) {
-                Ok(answer) => return self.answer(&head, answer).await,
-                Err(error) => return self.refuse(&error, head_only).await,
-            },
+            Some(Local::Version) => {
+                if !self.first_daemon().await {
+                    return Next::Close;
+                }
+                match local::version(&self.proxy.pool, keep_alive) {
+                    Ok(answer) => return self.answer(&head, answer).await,
+                    Err(error) => return self.refuse(&error, head_only).await,
+                }
+            }
             Some(Local::Grpc) | None => {}
         }
         let identity = match self.identify(&prefix, head.header(HEADER)).await {

@@ -71,7 +71,7 @@ pub async fn wait(
         tokio::select! {
             biased;
             lease = ticket.granted() => return lease,
-            end = left(client) => return Err(end),
+            end = left(client, manner) => return Err(end),
             () = tokio::time::sleep_until(next), if matches!(manner, Manner::Lines(_)) => {
                 let place = ticket.position();
                 let bytes = beat(manner, told, place, &mut shown);
@@ -115,9 +115,13 @@ pub fn chunk(text: &str) -> String {
     format!("{:x}\r\n{text}\r\n", text.len())
 }
 
-/// Completes when the client has left. What it sends meanwhile stays for the daemon.
-async fn left(client: &mut Side) -> Error {
+/// Completes when the client has left, or its user has given up. What it sends meanwhile stays for the daemon.
+async fn left(client: &mut Side, manner: Manner) -> Error {
     while client.buffered().len() < AHEAD {
+        // At Ctrl-C buildx resets its call and keeps the connection, to send a trace that nobody takes.
+        if manner == Manner::Http2 && h2::has_reset(client.buffered()) {
+            return gone(io::ErrorKind::ConnectionReset.into());
+        }
         match client.fill().await {
             Ok(0) => return gone(io::ErrorKind::UnexpectedEof.into()),
             Ok(_) => {}

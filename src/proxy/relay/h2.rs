@@ -11,6 +11,7 @@ use super::tunnel::{Tap, Verdict};
 pub const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 const FRAME_HEAD: usize = 9;
+const RST_STREAM: u8 = 3;
 const SETTINGS: u8 = 4;
 const GOAWAY: u8 = 7;
 const ACK: u8 = 1;
@@ -31,6 +32,20 @@ pub fn goaway(reason: &str, greeted: bool) -> Vec<u8> {
     out.extend_from_slice(&[0, 0, 0, 0, 0, 0, 0, 0x0b]);
     out.extend_from_slice(reason.as_bytes());
     out
+}
+
+/// Whether a client that began with the preface has reset a stream in what it has sent so far. One that waits
+/// for its first answer does that when its user gives up; it keeps the connection open to say more.
+pub fn has_reset(sent: &[u8]) -> bool {
+    let mut rest = sent.get(PREFACE.len()..).unwrap_or_default();
+    while let [a, b, c, kind, _, _, _, _, _, tail @ ..] = rest {
+        if *kind == RST_STREAM {
+            return true;
+        }
+        let length = u32::from_be_bytes([0, *a, *b, *c]) as usize;
+        rest = tail.get(length..).unwrap_or_default();
+    }
+    false
 }
 
 /// Removes the first SETTINGS frame with ACK from a client's byte stream and lets everything else pass. It
@@ -135,6 +150,18 @@ mod tests {
                 .concat();
         let after = [frame(1, 4, b"\0\0\0\x04\x01\0\0\0\0"), ack.clone(), frame(0, 1, &[7; 300])].concat();
         ([before.clone(), ack, after.clone()].concat(), [before, after].concat())
+    }
+
+    #[test]
+    fn a_reset_is_seen_behind_other_frames_and_not_within_them() {
+        let mut sent = PREFACE.to_vec();
+        sent.extend_from_slice(&empty_settings());
+        sent.extend_from_slice(&[0, 0, 9, 1, 4, 0, 0, 0, 1]); // HEADERS whose payload looks like a reset
+        sent.extend_from_slice(&[0, 0, 4, 3, 0, 0, 0, 0, 1]);
+        assert!(!has_reset(&sent));
+        sent.extend_from_slice(&[0, 0, 4, 3, 0, 0, 0, 0, 1, 0, 0, 0, 8]);
+        assert!(has_reset(&sent));
+        assert!(!has_reset(&sent[..PREFACE.len() + 5]));
     }
 
     #[test]
