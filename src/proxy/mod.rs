@@ -37,7 +37,9 @@ use self::relay::{
 };
 use self::solve::SolveTap;
 use crate::drain::Drain;
-use crate::engine::model::{Class, DaemonId, Kind as ObjectKind, Outcome, Requirements, Work};
+use crate::engine::model::{
+    Class, DaemonId, Kind as ObjectKind, Outcome, Requirements, SessionKey, Tenant, Work,
+};
 use crate::error::{Error, Kind};
 use crate::metrics::Metrics;
 use crate::pool::{Lease, Pool, Want};
@@ -79,6 +81,29 @@ struct Connection {
     source: Option<Source>,
     /// The daemon connection of the last exchange, if it may carry another.
     kept: Option<(DaemonId, Side)>,
+}
+
+/// A request that has its daemon.
+struct Admitted {
+    head: RequestHead,
+    route: Route,
+    who: Who,
+    named: Named,
+    lease: Lease,
+    daemon: Side,
+    started: Instant,
+}
+
+/// Whose request it is, for the log. All else that was wanted of the pool is forgotten once it was given.
+struct Who {
+    key: SessionKey,
+    tenant: Tenant,
+}
+
+impl From<Want> for Who {
+    fn from(want: Want) -> Self {
+        Who { key: want.key, tenant: want.tenant }
+    }
 }
 
 /// What becomes of the client's connection after a request.
@@ -138,65 +163,67 @@ impl Connection {
 
     /// One HTTP/1 request.
     async fn request(&mut self, head: RequestHead) -> Next {
+        // In boxes of their own: what it took to find a daemon is freed before a stream that lasts for hours,
+        // and a connection between two requests holds neither.
+        match Box::pin(self.admit(head)).await {
+            Ok(admitted) => Box::pin(self.relay(admitted)).await,
+            Err(next) => next,
+        }
+    }
+
+    /// From a request's head to its daemon; or its answer, if it gets one here.
+    async fn admit(&mut self, head: RequestHead) -> Result<Box<Admitted>, Next> {
         let started = Instant::now();
         let prefix = classify::prefix(head.target());
         let (tenant, session) = (prefix.tenant.map(str::to_string), prefix.session.map(str::to_string));
         let prefix_length = prefix.length;
         let head = match without_prefix(head, prefix_length) {
             Ok(head) => head,
-            Err(error) => return self.refuse(&error, false).await,
+            Err(error) => return Err(self.refuse(&error, false).await),
         };
         let route = classify(head.method(), head.path(), head.query());
         let head_only = head.method() == "HEAD";
         if let Some(why) = route.refuse {
-            return self.refuse(&Error::new(Kind::NotImplemented, why), head_only).await;
+            return Err(self.refuse(&Error::new(Kind::NotImplemented, why), head_only).await);
         }
         match route.local {
             Some(Local::Ping) => {
-                return self.answer(&head, local::ping(&self.proxy.pool, head_only, head.keep_alive)).await;
+                let answer = local::ping(&self.proxy.pool, head_only, head.keep_alive);
+                return Err(self.answer(&head, answer).await);
             }
             Some(Local::Version) => match local::version(&self.proxy.pool, head.keep_alive) {
-                Ok(answer) => return self.answer(&head, answer).await,
-                Err(error) => return self.refuse(&error, head_only).await,
+                Ok(answer) => return Err(self.answer(&head, answer).await),
+                Err(error) => return Err(self.refuse(&error, head_only).await),
             },
             Some(Local::Grpc) | None => {}
         }
         let prefix = Prefix { tenant: tenant.as_deref(), session: session.as_deref(), length: prefix_length };
         let identity = match self.identify(&prefix, head.header(HEADER)).await {
             Ok(identity) => identity,
-            Err(error) => return self.refuse(&error, head_only).await,
+            Err(error) => return Err(self.refuse(&error, head_only).await),
         };
         if route.local == Some(Local::Grpc) {
             Box::pin(self.grpc(&head, &route, identity)).await;
-            return Next::Close;
+            return Err(Next::Close);
         }
-        let (want, named) = match Box::pin(self.want(&head, &route, identity)).await {
+        let (want, named) = match self.want(&head, &route, identity).await {
             Ok(want) => want,
-            Err(error) => return self.refuse(&error, head_only).await,
+            Err(error) => return Err(self.refuse(&error, head_only).await),
         };
-        let (lease, daemon) = match Box::pin(self.reach(&want)).await {
+        let (lease, daemon) = match self.reach(&want).await {
             Ok(reached) => reached,
             Err(error) => {
-                self.done(&route, &want, None, started, "refused");
-                return self.refuse(&error, head_only).await;
+                self.done(&route, &want.into(), None, started, "refused");
+                return Err(self.refuse(&error, head_only).await);
             }
         };
         self.proxy.metrics.added.observe(started.elapsed().as_secs_f64());
-        Box::pin(self.relay(head, route, want, named, lease, daemon, started)).await
+        Ok(Box::new(Admitted { head, route, who: want.into(), named, lease, daemon, started }))
     }
 
     /// Relays one request and its response, and the tunnel that it may become.
-    #[allow(clippy::too_many_arguments)] // they are the request's whole life; a struct would only rename them
-    async fn relay(
-        &mut self,
-        head: RequestHead,
-        route: Route,
-        want: Want,
-        named: Named,
-        lease: Lease,
-        mut daemon: Side,
-        started: Instant,
-    ) -> Next {
+    async fn relay(&mut self, admitted: Box<Admitted>) -> Next {
+        let Admitted { head, route, who, named, lease, mut daemon, started } = *admitted;
         let head_only = head.method() == "HEAD";
         let options = Options { hijack: route.hijack };
         let open = self.proxy.metrics.exchanges.clone();
@@ -212,29 +239,29 @@ impl Connection {
                 if keep_daemon {
                     self.kept = Some((lease.daemon().id.clone(), daemon));
                 }
-                self.done(&route, &want, Some(&lease), started, "done");
+                self.done(&route, &who, Some(&lease), started, "done");
                 lease.finish(Outcome::Done);
                 if keep_client { Next::Request } else { Next::Close }
             }
             relay::Outcome::Upgraded => {
                 let kind = if route.h2 { TunnelKind::H2 } else { TunnelKind::Raw };
                 let outcome = self.tunnel(&mut daemon, kind, None).await;
-                self.done(&route, &want, Some(&lease), started, word(outcome));
+                self.done(&route, &who, Some(&lease), started, word(outcome));
                 lease.finish(outcome);
                 Next::Close
             }
             relay::Outcome::ClientGone => {
-                self.done(&route, &want, Some(&lease), started, word(Outcome::ClientGone));
+                self.done(&route, &who, Some(&lease), started, word(Outcome::ClientGone));
                 lease.finish(Outcome::ClientGone);
                 Next::Close
             }
             relay::Outcome::BadRequest { error, answerable } => {
-                self.done(&route, &want, Some(&lease), started, "bad-request");
+                self.done(&route, &who, Some(&lease), started, "bad-request");
                 lease.finish(Outcome::Aborted);
                 if answerable { self.refuse(&error, head_only).await } else { Next::Close }
             }
             relay::Outcome::DaemonFailed(failure) => {
-                self.done(&route, &want, Some(&lease), started, word(Outcome::DaemonFailed));
+                self.done(&route, &who, Some(&lease), started, word(Outcome::DaemonFailed));
                 let error = Error::new(
                     Kind::DaemonUnreachable,
                     format!("lost the connection to daemon {}: {}", lease.daemon().id, failure.error),
@@ -295,15 +322,16 @@ impl Connection {
                 // Nothing but HTTP/2 may be said here any more; buildx prints that its connection ended.
                 self.proxy.metrics.errors.with_label_values(&[error.fault().as_str()]).inc();
                 tracing::warn!(session = %want.key, "{error}");
-                self.done(route, &want, None, started, "refused");
+                self.done(route, &want.into(), None, started, "refused");
                 return;
             }
         };
+        let who = Who::from(want);
         if let Some(head) = head
             && let Err(error) = upgrade(&mut daemon, head).await
         {
             tracing::warn!(daemon = %lease.daemon().id, "/grpc: {error}");
-            self.done(route, &want, Some(&lease), started, word(Outcome::DaemonFailed));
+            self.done(route, &who, Some(&lease), started, word(Outcome::DaemonFailed));
             lease.finish(Outcome::DaemonFailed);
             return;
         }
@@ -312,7 +340,7 @@ impl Connection {
             let mut tap = SolveTap::new(&lease);
             self.tunnel(&mut daemon, TunnelKind::H2, Some(&mut tap)).await
         };
-        self.done(route, &want, Some(&lease), started, word(outcome));
+        self.done(route, &who, Some(&lease), started, word(outcome));
         lease.finish(outcome);
     }
 
@@ -497,20 +525,13 @@ impl Connection {
     }
 
     /// One log line and one count for each request that is over.
-    fn done(
-        &self,
-        route: &Route,
-        want: &Want,
-        lease: Option<&Lease>,
-        started: Instant,
-        outcome: &'static str,
-    ) {
+    fn done(&self, route: &Route, who: &Who, lease: Option<&Lease>, started: Instant, outcome: &'static str) {
         self.proxy.metrics.requests.with_label_values(&[class_word(route.class), outcome]).inc();
         tracing::info!(
             request = self.proxy.pool.next_log_id(),
             route = route.label,
-            session = %want.key,
-            tenant = %want.tenant,
+            session = %who.key,
+            tenant = %who.tenant,
             daemon = lease.map(|l| l.daemon().id.as_str()),
             ms = started.elapsed().as_millis() as u64,
             outcome,
@@ -567,5 +588,27 @@ async fn upgrade(daemon: &mut Side, head: &RequestHead) -> io::Result<()> {
         if daemon.fill().await? == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The size of what an async function leaves on the heap while it waits.
+    fn size<'a, A, F>(_: fn(&'a mut Connection, A) -> F) -> usize {
+        size_of::<F>()
+    }
+
+    fn size_of_serve<F>(_: fn(Arc<Proxy>, Arc<ListenerIdentity>, Stream, Origin) -> F) -> usize {
+        size_of::<F>()
+    }
+
+    /// Thousands of streams are silent for hours (events, logs, wait): each holds these two.
+    #[test]
+    fn an_idle_stream_is_small() {
+        let (serve, relay) = (size_of_serve(serve), size(Connection::relay));
+        println!("serve {serve}, relay {relay}");
+        assert!(serve <= 1200 && relay <= 1200, "serve {serve}, relay {relay}");
     }
 }
