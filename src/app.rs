@@ -97,7 +97,7 @@ pub async fn run(
     for (listener, bound) in sockets.listeners {
         tokio::spawn(listener::run(proxy.clone(), Arc::new(listener.identity), bound));
     }
-    let beside_task = tokio::spawn(beside(pool));
+    let beside_task = tokio::spawn(beside(pool.clone()));
     shutdown.await;
     let open = proxy.drain.open();
     tracing::info!(connections = open, grace_s = settings.shutdown_grace.as_secs(), "stopping");
@@ -107,6 +107,7 @@ pub async fn run(
         tracing::warn!(cut, "connections cut at the end of the grace");
     }
     pool_task.abort();
+    pool.stop();
     let _ = stop.send(());
     let _ = stopped.await;
     admin_task.abort();

@@ -47,6 +47,14 @@ pub struct Raw {
     pub session_grace: Option<String>,
     /// How long a session keeps its last slot without work.
     pub slot_linger: Option<String>,
+    /// How many tickets may wait; 0: no queue, a full pool shares its least loaded daemon.
+    pub queue_limit: Option<u32>,
+    /// How long a ticket may wait.
+    pub queue_wait: Option<String>,
+    /// How many tickets of one tenant may wait.
+    pub tenant_waiting: Option<u32>,
+    /// How many slots one tenant may hold.
+    pub tenant_slots: Option<u32>,
     /// Environment variables of a client process that name its session.
     pub session_env: Option<Vec<String>>,
     /// Time between two probes.
@@ -114,6 +122,10 @@ const KEYS: &[&str] = &[
     "slots",
     "session_grace",
     "slot_linger",
+    "queue_limit",
+    "queue_wait",
+    "tenant_waiting",
+    "tenant_slots",
     "session_env",
     "probe_interval",
     "probe_deadline",
@@ -151,6 +163,10 @@ impl Raw {
                 "slots" => number(value).map(|v| raw.slots = Some(v)),
                 "session_grace" => text_of(value).map(|v| raw.session_grace = Some(v)),
                 "slot_linger" => text_of(value).map(|v| raw.slot_linger = Some(v)),
+                "queue_limit" => number(value).map(|v| raw.queue_limit = Some(v)),
+                "queue_wait" => text_of(value).map(|v| raw.queue_wait = Some(v)),
+                "tenant_waiting" => number(value).map(|v| raw.tenant_waiting = Some(v)),
+                "tenant_slots" => number(value).map(|v| raw.tenant_slots = Some(v)),
                 "session_env" => texts(value).map(|v| raw.session_env = Some(v)),
                 "probe_interval" => text_of(value).map(|v| raw.probe_interval = Some(v)),
                 "probe_deadline" => text_of(value).map(|v| raw.probe_deadline = Some(v)),
@@ -177,6 +193,10 @@ impl Raw {
             slots: self.slots.or(under.slots),
             session_grace: self.session_grace.or(under.session_grace),
             slot_linger: self.slot_linger.or(under.slot_linger),
+            queue_limit: self.queue_limit.or(under.queue_limit),
+            queue_wait: self.queue_wait.or(under.queue_wait),
+            tenant_waiting: self.tenant_waiting.or(under.tenant_waiting),
+            tenant_slots: self.tenant_slots.or(under.tenant_slots),
             session_env: self.session_env.or(under.session_env),
             probe_interval: self.probe_interval.or(under.probe_interval),
             probe_deadline: self.probe_deadline.or(under.probe_deadline),
@@ -208,7 +228,13 @@ impl Raw {
         if self.slots == Some(0) {
             faults.push("slots: a daemon needs at least one".into());
         }
+        if self.tenant_slots == Some(0) || self.tenant_waiting == Some(0) {
+            faults.push("tenant_slots, tenant_waiting: 0 would keep every tenant out".into());
+        }
         let mut pool = pool::Config { slots: self.slots, ..pool::Config::default() };
+        pool.engine.queue_limit = self.queue_limit.map_or(pool.engine.queue_limit, |n| n as usize);
+        pool.engine.tenant_waiting = self.tenant_waiting.map(|n| n as usize);
+        pool.engine.tenant_slots = self.tenant_slots;
         let mut shutdown_grace = Duration::from_secs(600);
         let mut set = |name: &str, text: Option<String>, to: &mut Duration, min: Duration| {
             let Some(text) = text else { return };
@@ -221,6 +247,7 @@ impl Raw {
         let zero = Duration::ZERO;
         set("session_grace", self.session_grace, &mut pool.engine.grace, zero);
         set("slot_linger", self.slot_linger, &mut pool.engine.linger, zero);
+        set("queue_wait", self.queue_wait, &mut pool.engine.max_wait, Duration::from_secs(1));
         set("probe_interval", self.probe_interval, &mut pool.probe_interval, Duration::from_millis(100));
         set("probe_deadline", self.probe_deadline, &mut pool.probe_deadline, Duration::from_millis(100));
         set(

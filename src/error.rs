@@ -29,6 +29,8 @@ pub enum Kind {
     QueueFull,
     /// The bound daemon does not answer: 504.
     DaemonTimeout,
+    /// The client left before it had an answer; nobody reads this one.
+    ClientGone,
     /// The proxy is shutting down: 503.
     ShuttingDown,
     /// A fault of dindpool's own: 500.
@@ -82,6 +84,7 @@ impl Error {
             | Kind::RequestTimeout
             | Kind::HeadTooLarge
             | Kind::NotFound
+            | Kind::ClientGone
             | Kind::NotImplemented => Fault::Client,
             Kind::DaemonUnreachable | Kind::SessionLost | Kind::DaemonTimeout => Fault::Daemon,
             Kind::NoDaemon | Kind::QueueFull => Fault::Pool,
@@ -98,6 +101,8 @@ impl Error {
     pub fn status(&self) -> (u16, &'static str) {
         match self.kind {
             Kind::BadRequest => (400, "Bad Request"),
+            // nginx's code for it, in logs only.
+            Kind::ClientGone => (499, "Client Closed Request"),
             Kind::RequestTimeout => (408, "Request Timeout"),
             Kind::HeadTooLarge => (431, "Request Header Fields Too Large"),
             Kind::NotFound => (404, "Not Found"),

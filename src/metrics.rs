@@ -1,8 +1,13 @@
 //! Every metric, in one struct on a registry that is passed in. Names in one place, base units, bounded labels:
 //! a label is a daemon's name or one of a fixed set of words, never a key, a path or an address of a client.
 
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
 use prometheus::{
-    Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+    Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    TextEncoder,
 };
 
 use crate::engine::model::{Health, State};
@@ -18,7 +23,15 @@ pub struct Metrics {
     slots_used: IntGaugeVec,
     daemon_sessions: IntGaugeVec,
     sessions: IntGauge,
-    waiting: IntGauge,
+    waiting: IntGaugeVec,
+    wait: HistogramVec,
+    /// Requests that had to wait, by tenant.
+    queued: IntCounterVec,
+    /// Requests that were refused because the queue was full or the longest wait was over.
+    pub queue_refused: IntCounter,
+    /// Tickets whose client left.
+    pub queue_abandoned: IntCounter,
+    tenants: Arc<Mutex<BTreeSet<String>>>,
     images: IntGauge,
     /// Client connections that are open, by listener kind (`tcp`, `unix`).
     pub connections: IntGaugeVec,
@@ -87,6 +100,14 @@ impl Metrics {
             ]),
         )?;
         registry.register(Box::new(added.clone()))?;
+        let wait = HistogramVec::new(
+            HistogramOpts::new("dindpool_queue_wait_seconds", "How long admitted tickets have waited.")
+                .buckets(vec![
+                    0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0, 7200.0,
+                ]),
+            &["tenant"],
+        )?;
+        registry.register(Box::new(wait.clone()))?;
         // Every request counts on these: finding a series by its labels hashes them, under a lock.
         let streams = gauges("dindpool_streams", "Exchanges and tunnels that are open.", &["kind"])?;
         let bytes =
@@ -104,7 +125,18 @@ impl Metrics {
                 &["daemon"],
             )?,
             sessions: gauge("dindpool_sessions", "Sessions with a lease.")?,
-            waiting: gauge("dindpool_queue_waiting", "Tickets that wait for a slot.")?,
+            waiting: gauges("dindpool_queue_waiting", "Tickets that wait for a slot.", &["tenant"])?,
+            wait,
+            queued: counters("dindpool_queued_total", "Requests that had to wait for a slot.", &["tenant"])?,
+            queue_refused: counter(
+                "dindpool_queue_refused_total",
+                "Requests refused because the queue was full or the longest wait was over.",
+            )?,
+            queue_abandoned: counter(
+                "dindpool_queue_abandoned_total",
+                "Tickets whose client left the queue.",
+            )?,
+            tenants: Arc::default(),
             images: gauge("dindpool_image_references", "Image references that the pool knows.")?,
             connections: gauges("dindpool_connections", "Open client connections.", &["listener"])?,
             accepted: counters("dindpool_connections_total", "Client connections accepted.", &["listener"])?,
@@ -161,9 +193,37 @@ impl Metrics {
             self.daemon_sessions.with_label_values(id).set(daemon.sessions as i64);
         }
         self.sessions.set(status.sessions.len() as i64);
-        self.waiting.set(i64::from(status.queue.waiting));
+        self.waiting.reset();
+        self.waiting.with_label_values(&["default"]).set(0);
+        for ticket in &status.queue.tickets {
+            self.waiting.with_label_values(&[self.tenant(&ticket.tenant).as_str()]).inc();
+        }
         self.images.set(status.images as i64);
         TextEncoder::new().encode_to_string(&self.registry.gather()).unwrap_or_default()
+    }
+}
+
+/// Tenants come from paths that clients choose: beyond this many they share the label `other`.
+const TENANTS: usize = 50;
+
+impl Metrics {
+    /// A request had to wait.
+    pub fn queued(&self, tenant: &str) {
+        self.queued.with_label_values(&[self.tenant(tenant).as_str()]).inc();
+    }
+
+    /// A request that waited was admitted.
+    pub fn admitted(&self, tenant: &str, waited: Duration) {
+        self.wait.with_label_values(&[self.tenant(tenant).as_str()]).observe(waited.as_secs_f64());
+    }
+
+    fn tenant(&self, tenant: &str) -> String {
+        let mut known = self.tenants.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.contains(tenant) || known.len() < TENANTS {
+            known.insert(tenant.to_string());
+            return tenant.to_string();
+        }
+        "other".into()
     }
 }
 

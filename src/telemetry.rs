@@ -54,6 +54,7 @@ fn write_on() {
         let waiting = lock(&LINES.waiting);
         drop(LINES.some.wait_while(waiting, |w| w.bytes.is_empty()));
         flush();
+        #[expect(clippy::disallowed_methods)] // this thread is the log's own
         std::thread::sleep(COLLECT);
     }
 }

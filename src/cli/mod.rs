@@ -54,14 +54,27 @@ pub struct Common {
     /// How long a session keeps its slot after its last build or container [default: 10s]
     #[arg(long, env = "DINDPOOL_SLOT_LINGER", value_name = "TIME")]
     slot_linger: Option<String>,
+    /// How many builds may wait for a slot; 0: none waits, a full pool shares its least loaded daemon
+    /// [default: 1000]
+    #[arg(long, env = "DINDPOOL_QUEUE_LIMIT", value_name = "N")]
+    queue_limit: Option<u32>,
+    /// How long a build may wait for a slot [default: 1h]
+    #[arg(long, env = "DINDPOOL_QUEUE_WAIT", value_name = "TIME")]
+    queue_wait: Option<String>,
+    /// How many builds of one tenant may wait [default: no limit of its own]
+    #[arg(long, env = "DINDPOOL_TENANT_WAITING", value_name = "N")]
+    tenant_waiting: Option<u32>,
+    /// How many slots one tenant may hold [default: all]
+    #[arg(long, env = "DINDPOOL_TENANT_SLOTS", value_name = "N")]
+    tenant_slots: Option<u32>,
     /// Environment variables of a client on this machine that name its session; A+B: both together
     /// [default: CI_JOB_ID, BUILD_TAG, GITHUB_RUN_ID+GITHUB_RUN_ATTEMPT]
     #[arg(long, env = "DINDPOOL_SESSION_ENV", value_name = "NAME", value_delimiter = ',')]
     session_env: Vec<String>,
-    /// Time between two probes of a daemon [default: 2s]
+    /// Time between two probes of a daemon [default: 1.5s]
     #[arg(long, env = "DINDPOOL_PROBE_INTERVAL", value_name = "TIME")]
     probe_interval: Option<String>,
-    /// How long a probe may take [default: 2s]
+    /// How long a probe may take [default: 1.5s]
     #[arg(long, env = "DINDPOOL_PROBE_DEADLINE", value_name = "TIME")]
     probe_deadline: Option<String>,
     /// How long connecting to a daemon may take [default: 5s]
@@ -94,6 +107,10 @@ impl Common {
             slots: self.slots,
             session_grace: self.session_grace,
             slot_linger: self.slot_linger,
+            queue_limit: self.queue_limit,
+            queue_wait: self.queue_wait,
+            tenant_waiting: self.tenant_waiting,
+            tenant_slots: self.tenant_slots,
             session_env: some(self.session_env),
             probe_interval: self.probe_interval,
             probe_deadline: self.probe_deadline,

@@ -53,9 +53,10 @@ impl Up {
             );
         }
         if raw.slots.is_none() {
-            // The daemons share this machine's processors.
+            // The daemons share this machine's processors. At least four each: on a person's machine a container
+            // that runs for days (a database beside the work) holds a slot and needs no processor.
             let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-            raw.slots = u32::try_from(cpus / self.daemons.max(1)).ok().map(|n| n.max(1));
+            raw.slots = u32::try_from(cpus / self.daemons.max(1)).ok().map(|n| n.max(4));
         }
         // Ctrl-C at a terminal: nobody waits ten minutes for it.
         raw.shutdown_grace.get_or_insert_with(|| "5s".into());

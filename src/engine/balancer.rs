@@ -36,28 +36,43 @@ fn mix(mut z: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// The daemon with the least expected wait among `daemons`; of equals one that is `warm`.
-pub(super) fn least_wait<'a>(
-    daemons: impl Iterator<Item = &'a Daemon>,
-    warm: impl Fn(&Daemon) -> bool,
-    random: &mut Random,
-) -> Option<&'a DaemonId> {
-    let mut best: Option<(&Daemon, u64)> = None;
+/// The daemons with the least expected wait, in the order in which they came.
+pub(super) fn least_wait<'a>(daemons: impl Iterator<Item = &'a Daemon>) -> Vec<&'a Daemon> {
+    let mut equals: Vec<&Daemon> = Vec::new();
     for daemon in daemons {
-        let Some((leader, ties)) = best else {
-            best = Some((daemon, 1));
-            continue;
-        };
-        let order = compare(daemon, leader).then_with(|| warm(leader).cmp(&warm(daemon)));
+        let order = equals.first().map_or(Ordering::Less, |leader| compare(daemon, leader));
         match order {
-            Ordering::Less => best = Some((daemon, 1)),
-            // Reservoir sampling: each of n equals ends up chosen with probability 1/n.
-            Ordering::Equal if random.below(ties + 1) == 0 => best = Some((daemon, ties + 1)),
-            Ordering::Equal => best = Some((leader, ties + 1)),
+            Ordering::Less => {
+                equals.clear();
+                equals.push(daemon);
+            }
+            Ordering::Equal => equals.push(daemon),
             Ordering::Greater => {}
         }
     }
-    best.map(|(daemon, _)| &daemon.id)
+    equals
+}
+
+/// One of `equals` at random; if some of them are among `warm`, one of those. Both are in the order of the
+/// daemons' names, so one walk through each is enough.
+pub(super) fn draw<'a>(
+    mut equals: Vec<&'a Daemon>,
+    warm: impl Iterator<Item = &'a DaemonId>,
+    random: &mut Random,
+) -> Option<&'a DaemonId> {
+    let mut warm = warm.peekable();
+    if equals.len() > 1 && warm.peek().is_some() {
+        let is_warm = |daemon: &&Daemon| {
+            while warm.next_if(|w| **w < daemon.id).is_some() {}
+            warm.next_if(|w| **w == daemon.id).is_some()
+        };
+        let warm: Vec<&Daemon> = equals.iter().copied().filter(is_warm).collect();
+        if !warm.is_empty() {
+            equals = warm;
+        }
+    }
+    let n = equals.len() as u64;
+    (n > 0).then(|| &equals[random.below(n) as usize].id)
 }
 
 /// Work against capacity, then leases against capacity. a/b < c/d without division, so that equal loads are
@@ -84,6 +99,8 @@ pub(super) fn hash(text: &str) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn daemon(id: &str, used: u32, slots: u32) -> Daemon {
@@ -95,16 +112,15 @@ mod tests {
     #[test]
     fn the_least_share_in_use_wins() {
         let pool = [daemon("a", 2, 4), daemon("b", 1, 4), daemon("c", 1, 2)];
-        assert_eq!(least_wait(pool.iter(), |_| false, &mut Random::new(1)).unwrap().as_str(), "b");
+        assert_eq!(least_wait(pool.iter())[0].id.as_str(), "b");
     }
 
     #[test]
     fn leases_without_work_break_a_tie() {
         let mut pool = [daemon("a", 0, 2), daemon("b", 0, 2)];
         pool[0].sessions.insert("k".into());
-        for seed in 0..20 {
-            assert_eq!(least_wait(pool.iter(), |_| false, &mut Random::new(seed)).unwrap().as_str(), "b");
-        }
+        let least: Vec<&str> = least_wait(pool.iter()).iter().map(|d| d.id.as_str()).collect();
+        assert_eq!(least, ["b"]);
     }
 
     #[test]
@@ -113,9 +129,39 @@ mod tests {
         let mut random = Random::new(7);
         let mut counts = std::collections::BTreeMap::new();
         for _ in 0..3000 {
-            *counts.entry(least_wait(pool.iter(), |_| false, &mut random).unwrap().clone()).or_insert(0) += 1;
+            *counts
+                .entry(draw(least_wait(pool.iter()), std::iter::empty(), &mut random).unwrap().clone())
+                .or_insert(0) += 1;
         }
         assert!(counts.values().all(|n| (850..1150).contains(n)), "{counts:?}");
+    }
+
+    proptest! {
+        #[test]
+        fn whoever_is_drawn_has_no_more_to_do_than_any_other(
+            loads in proptest::collection::vec((0u32..6, 1u32..5, 0usize..3), 1..20),
+            warm in proptest::collection::btree_set(0usize..20, 0..20),
+            seed: u64,
+        ) {
+            let pool: Vec<Daemon> = (loads.iter().enumerate())
+                .map(|(i, (used, slots, sessions))| {
+                    let mut daemon = daemon(&format!("d{i:02}"), *used, *slots);
+                    daemon.sessions = (0..*sessions).map(|s| format!("k{s}").into()).collect();
+                    daemon
+                })
+                .collect();
+            let warm: Vec<DaemonId> = warm.into_iter().map(|i| format!("d{i:02}").into()).collect();
+            let equals = least_wait(pool.iter());
+            let drawn = draw(equals.clone(), warm.iter(), &mut Random::new(seed)).unwrap();
+            let load = |d: &Daemon| {
+                let slots = f64::from(d.slots);
+                (f64::from(d.used) / slots, d.sessions.len() as f64 / slots)
+            };
+            let chosen = pool.iter().find(|d| d.id == *drawn).unwrap();
+            prop_assert!(pool.iter().all(|d| load(chosen) <= load(d)));
+            let some_warm = equals.iter().any(|d| warm.contains(&d.id));
+            prop_assert!(!some_warm || warm.contains(drawn), "a warm one wins a tie");
+        }
     }
 
     #[test]

@@ -26,6 +26,8 @@ pub struct Daemon {
     pub sessions: BTreeSet<SessionKey>,
     /// Why it is refused, if its API range does not meet the others'.
     pub misfit: Option<String>,
+    /// Whether it is still waited for, while it starts.
+    pub(super) expected: bool,
     /// Its name's hash, for the placing of reads.
     pub(super) hash: u64,
     /// Who may have made an image of which only an event or a list tells.
@@ -49,6 +51,7 @@ impl Daemon {
             used: 0,
             sessions: BTreeSet::new(),
             misfit: None,
+            expected: true,
             builders: Builders::default(),
             fixed_slots: slots,
             failures: 0,
@@ -144,6 +147,10 @@ impl Daemon {
     }
 }
 
+/// A daemon whose images nobody lists remembers no more ended builds than this: when there are more, the older
+/// half is forgotten.
+const ENDED: usize = 256;
+
 /// The sessions that build on a daemon, or whose builds ended after its images were listed last.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Builders {
@@ -163,6 +170,12 @@ impl Builders {
         *builds -= 1;
         if let Some(at) = at {
             self.ended.insert(key.clone(), (tenant.clone(), at));
+        }
+        if self.ended.len() > ENDED {
+            let mut ends: Vec<Time> = self.ended.values().map(|(_, at)| *at).collect();
+            ends.sort_unstable();
+            let middle = ends[ends.len() / 2];
+            self.ended.retain(|_, (_, at)| *at > middle);
         }
         if *builds == 0 {
             self.under_way.remove(key);

@@ -12,6 +12,9 @@ impl Engine {
         if !self.daemons.contains_key(daemon) {
             return;
         }
+        if open.and_then(|open| self.opens.get(&open)).is_some_and(|open| open.orphan) {
+            return;
+        }
         // Facts of requests that have ended are nobody's: their sessions may own something else by now.
         let by = open.and_then(|open| self.opens.get(&open)).filter(|open| open.daemon == *daemon).cloned();
         if let Some(by) = &by {
@@ -27,10 +30,10 @@ impl Engine {
             Fact::Labelled { kind, id, project } => self.objects.label(daemon, kind, &id, &project, now),
             Fact::Started { id } => {
                 self.objects.add(daemon, Kind::Container, &id, None, now);
-                self.ran(daemon, &id, true, now);
+                self.ran(daemon, &id, true, now, now);
             }
             Fact::Stopped { id } => {
-                self.ran(daemon, &id, false, now);
+                self.ran(daemon, &id, false, now, now);
             }
             Fact::Renamed { id, name } => {
                 self.objects.add(daemon, Kind::Container, &id, Some(&name), now);
@@ -72,16 +75,17 @@ impl Engine {
         let displaced = wrote.displaced.into_iter().map(|maker| (maker, reference.to_string())).collect();
         self.disown_images(daemon, displaced, now);
         if written == Written::Made && wrote.unpushed {
-            self.own_image(daemon, reference, makers);
+            self.own_image(daemon, reference, makers, now);
         }
     }
 
-    fn own_image(&mut self, daemon: &DaemonId, reference: &str, makers: &[SessionKey]) {
+    fn own_image(&mut self, daemon: &DaemonId, reference: &str, makers: &[SessionKey], now: Time) {
         for maker in makers {
             if let Some(session) = self.sessions.get_mut(maker)
                 && session.home.as_ref().is_some_and(|h| h.daemon == *daemon)
             {
                 session.owned.insert(Owned::Image(reference.to_string()));
+                self.settle(maker, now);
             }
         }
     }
@@ -120,11 +124,11 @@ impl Engine {
         }
     }
 
-    /// A container has started or exited.
-    fn ran(&mut self, daemon: &DaemonId, id: &str, running: bool, now: Time) {
+    /// A container has started or exited, as was seen at `seen`.
+    fn ran(&mut self, daemon: &DaemonId, id: &str, running: bool, seen: Time, now: Time) {
         if let Some(object) = self.objects.get_mut(daemon, Kind::Container, id) {
             object.started = true;
-            object.seen = now;
+            object.seen = seen;
         }
         self.set_live(daemon, id, running, now);
     }
@@ -164,6 +168,7 @@ impl Engine {
             if let Some(d) = self.daemons.get_mut(daemon) {
                 d.used = d.used + after - before;
             }
+            self.queue.changed |= after < before;
         }
         self.settle(key, now);
     }
@@ -230,20 +235,16 @@ impl Engine {
     }
 
     fn list_container(&mut self, daemon: &DaemonId, began: Time, listed: &ListedContainer, now: Time) {
-        let known =
-            self.objects.get(daemon, Kind::Container, &listed.id).map(|o| (o.seen, o.live, o.started));
-        if known.is_some_and(|(seen, _, _)| seen >= began) {
+        let known = self.objects.get(daemon, Kind::Container, &listed.id).map(|o| (o.seen, o.started));
+        if known.is_some_and(|(seen, _)| seen >= began) {
             return; // What is known is newer than the list.
         }
         let name = listed.names.first().map(String::as_str);
         self.objects.add(daemon, Kind::Container, &listed.id, name, began);
-        let (_, live, started) = known.unwrap_or_default();
+        let started = known.is_some_and(|(_, started)| started);
         // A container that was created a moment ago and not started is live without running.
-        if live != listed.running && (started || listed.running) {
-            if let Some(object) = self.objects.get_mut(daemon, Kind::Container, &listed.id) {
-                object.started = true;
-            }
-            self.set_live(daemon, &listed.id, listed.running, now);
+        if listed.running || started {
+            self.ran(daemon, &listed.id, listed.running, began, now);
         }
     }
 
@@ -255,7 +256,7 @@ impl Engine {
         let (gone, made) = self.images.list(daemon, began, images, &builders, &tenants);
         self.disown_images(daemon, gone, now);
         for reference in made {
-            self.own_image(daemon, &reference, &builders);
+            self.own_image(daemon, &reference, &builders, now);
         }
     }
 }

@@ -96,8 +96,8 @@ pub(super) enum Found {
     Nowhere,
     /// Only these have what it means: elsewhere the request fails, or uses an older image of that name.
     Only(Vec<DaemonId>),
-    /// These have it, and any other daemon can pull it.
-    Better(Vec<DaemonId>),
+    /// Some have it ([`Images::holders`]), and any other daemon can pull it.
+    Better,
 }
 
 /// What one daemon has.
@@ -349,7 +349,6 @@ impl Images {
             return self.find_by_id(reference, tenant);
         };
         let visible = || entries.iter().filter(|(_, e)| e.visible(tenant));
-        let having = || visible().map(|(d, _)| d.clone()).collect();
         let latest = visible().filter(|(_, e)| e.written == Written::Made).max_by_key(|(_, e)| e.order);
         if let Some((daemon, made)) = latest {
             let same = |d: &DaemonId, e: &Entry| d == daemon || (e.id.is_some() && e.id == made.id);
@@ -358,10 +357,16 @@ impl Images {
         if visible().next().is_none() {
             Found::Nowhere
         } else if visible().any(|(_, e)| e.written == Written::Pulled) {
-            Found::Better(having())
+            Found::Better
         } else {
-            Found::Only(having())
+            Found::Only(visible().map(|(d, _)| d.clone()).collect())
         }
+    }
+
+    /// The daemons that have something under this name, in the order of their names.
+    pub fn holders(&self, reference: &str, tenant: &Tenant) -> impl Iterator<Item = &DaemonId> {
+        let entries = self.references.get(reference).into_iter().flatten();
+        entries.filter(move |(_, e)| e.visible(tenant)).map(|(d, _)| d)
     }
 
     /// `sha256:…`, a bare id, an id prefix, or `name@sha256:…`.
@@ -433,6 +438,8 @@ pub fn normalise(reference: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn at(seconds: u64) -> Time {
@@ -488,7 +495,7 @@ mod tests {
         let tenant = Tenant::from("default");
         images.write(write(&a, "alpine:3", "sha256:11", Written::Pulled, &[]), at(1));
         images.write(write(&b, "base:1", "sha256:22", Written::Found, &[]), at(1));
-        assert_eq!(images.find("alpine:3", &tenant), Found::Better(vec![a]));
+        assert_eq!(images.find("alpine:3", &tenant), Found::Better);
         assert_eq!(images.find("base:1", &tenant), Found::Only(vec![b]));
     }
 
@@ -535,5 +542,76 @@ mod tests {
         // Listed again without a build in between: nothing changes.
         images.list(&a, at(5), &[listed], &["other".into()], &[]);
         assert!(!images.made_by(&"other".into(), &a, "app:1"));
+    }
+
+    proptest! {
+        #[test]
+        fn normal_is_normal(reference in "[a-zA-Z0-9:/@._-]{0,40}") {
+            let once = normalise(&reference);
+            prop_assert_eq!(normalise(&once), once);
+        }
+
+        #[test]
+        fn every_way_to_write_a_reference_means_the_same(
+            path in "[a-z][a-z0-9_-]{0,8}(/[a-z0-9]{1,8}){0,2}",
+            tag in proptest::option::of("[A-Za-z0-9_][A-Za-z0-9._-]{0,8}"),
+        ) {
+            prop_assume!(!path.starts_with("localhost/"));
+            let official = if path.contains('/') { path.clone() } else { format!("library/{path}") };
+            let given = tag.as_ref().map(|tag| format!(":{tag}")).unwrap_or_default();
+            let full = format!("docker.io/{official}:{}", tag.as_deref().unwrap_or("latest"));
+            for domain in ["", "docker.io/", "index.docker.io/"] {
+                prop_assert_eq!(&normalise(&format!("{domain}{path}{given}")), &full);
+            }
+            for host in ["localhost", "localhost:5000", "reg.example", "reg.example:5000"] {
+                let full = format!("{host}/{path}:{}", tag.as_deref().unwrap_or("latest"));
+                prop_assert_eq!(normalise(&format!("{host}/{path}{given}")), full);
+            }
+        }
+
+        #[test]
+        fn what_was_written_is_found_until_it_is_removed(
+            writes in proptest::collection::vec((0u8..3, 0u8..3, 0u8..3, 0u8..4), 1..30),
+        ) {
+            // A plain account: the last write of each reference on each daemon.
+            let mut images = Images::default();
+            let mut plain: BTreeMap<(String, DaemonId), (String, usize)> = BTreeMap::new();
+            let tenant = Tenant::from("default");
+            for (i, (reference, daemon, id, what)) in writes.iter().enumerate() {
+                let daemon = DaemonId::from(format!("d{daemon}"));
+                let (reference, id) = (format!("r{reference}:1"), format!("sha256:{id:02}"));
+                match what {
+                    0 => {
+                        images.remove(&daemon, &reference);
+                        plain.remove(&(reference, daemon));
+                    }
+                    1 => {
+                        images.remove(&daemon, &id);
+                        plain.retain(|(_, d), (i, _)| *d != daemon || *i != id);
+                    }
+                    _ => {
+                        let maker = [SessionKey::from("k")];
+                        images.write(write(&daemon, &reference, &id, Written::Made, &maker), at(i as u64));
+                        plain.insert((reference, daemon), (id, i));
+                    }
+                }
+                for reference in ["r0:1", "r1:1", "r2:1"] {
+                    let having = || plain.iter().filter(|((r, _), _)| r == reference);
+                    let latest = having().max_by_key(|(_, (_, at))| *at).map(|(_, (id, _))| id);
+                    let expected = match latest {
+                        None => Found::Nowhere,
+                        Some(latest) => Found::Only(
+                            having().filter(|(_, (id, _))| id == latest).map(|((_, d), _)| d.clone()).collect(),
+                        ),
+                    };
+                    prop_assert_eq!(images.find(reference, &tenant), expected);
+                }
+            }
+            for daemon in ["d0", "d1", "d2"] {
+                images.forget(&daemon.into());
+            }
+            prop_assert_eq!(images.len(), 0);
+            prop_assert!(images.ids.is_empty() && images.on.is_empty());
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! What must hold after every event. Checked in debug builds, so that a test of anything above the engine
 //! fails at the event that broke it, and not where the wrong count shows.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use super::model::{DaemonId, SessionKey};
 use super::session::Session;
@@ -90,22 +90,24 @@ impl Engine {
     }
 
     fn check_daemons(&self) {
-        let mut used: BTreeMap<&DaemonId, u32> = BTreeMap::new();
-        let mut leased: BTreeMap<&DaemonId, BTreeSet<SessionKey>> = BTreeMap::new();
+        let mut counts: BTreeMap<&DaemonId, (u32, usize)> = BTreeMap::new();
         for (key, session) in &self.sessions {
             if let Some(home) = session.home.as_ref().filter(|h| h.lease.is_some()) {
-                *used.entry(&home.daemon).or_default() += session.slots;
-                leased.entry(&home.daemon).or_default().insert(key.clone());
+                let (used, leases) = counts.entry(&home.daemon).or_default();
+                *used += session.slots;
+                *leases += 1;
+                let daemon = self.daemons.get(&home.daemon);
+                assert!(daemon.is_some_and(|d| d.sessions.contains(key)), "{} forgot {key}", home.daemon);
             }
             for daemon in session.foreign.keys() {
-                *used.entry(daemon).or_default() += 1;
+                counts.entry(daemon).or_default().0 += 1;
             }
         }
         for daemon in self.daemons.values() {
-            assert_eq!(daemon.used, used.remove(&daemon.id).unwrap_or(0), "slots in use on {}", daemon.id);
-            let sessions = leased.remove(&daemon.id).unwrap_or_default();
-            assert_eq!(daemon.sessions, sessions, "leases on {}", daemon.id);
+            let (used, leases) = counts.remove(&daemon.id).unwrap_or_default();
+            assert_eq!(daemon.used, used, "slots in use on {}", daemon.id);
+            assert_eq!(daemon.sessions.len(), leases, "leases on {}", daemon.id);
         }
-        assert!(used.is_empty() && leased.is_empty(), "on daemons that are not there: {used:?} {leased:?}");
+        assert!(counts.is_empty(), "on daemons that are not there: {counts:?}");
     }
 }

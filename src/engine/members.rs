@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use super::daemon::Builders;
 use super::model::*;
-use super::{Daemon, Engine, Unit, versions};
+use super::{Daemon, Engine, Timer, Unit, versions};
 
 impl Engine {
     pub(super) fn probed(&mut self, daemon: &DaemonId, probe: Probe) {
@@ -13,6 +13,7 @@ impl Engine {
         d.probed(probe, &self.config);
         if d.standing() != before {
             self.effects.push(changed(d));
+            self.queue.changed = true;
         }
         if d.api_range() != range {
             self.agree_on_versions();
@@ -59,6 +60,10 @@ impl Engine {
             });
         }
         for o in observed {
+            let new = !self.daemons.contains_key(&o.id);
+            if new {
+                self.timers.insert((now + self.config.patience, Timer::Patience(o.id.clone())));
+            }
             let d = self.daemons.entry(o.id.clone()).or_insert_with(|| Daemon::new(o.id.clone(), o.slots));
             let before = d.standing();
             d.drain(o.draining);
@@ -72,6 +77,7 @@ impl Engine {
                 self.effects.push(changed(d));
             }
         }
+        self.queue.changed = true;
         self.agree_on_versions();
     }
 
@@ -81,6 +87,7 @@ impl Engine {
 
     /// Everything on a daemon is lost: its sessions, their containers and images.
     fn lose(&mut self, daemon: &DaemonId, now: Time) {
+        self.queue.changed = true;
         self.objects.lose(daemon);
         self.images.forget(daemon);
         // Streams to it break by themselves and are released; they are no longer anybody's work.
@@ -88,14 +95,14 @@ impl Engine {
             d.builders = Builders::default();
         }
         for open in self.opens.values_mut().filter(|o| o.daemon == *daemon) {
-            open.builds = false;
+            (open.builds, open.orphan) = (false, true);
             let unit = std::mem::replace(&mut open.unit, Unit::None);
             if let Some(session) = self.sessions.get_mut(&open.key) {
                 session.builds -= u32::from(unit == Unit::Build);
                 session.others -= u32::from(unit == Unit::Other);
             }
         }
-        let hit: Vec<SessionKey> = self
+        let mut hit: Vec<SessionKey> = self
             .sessions
             .iter()
             .filter(|(_, s)| {
@@ -103,6 +110,7 @@ impl Engine {
             })
             .map(|(key, _)| key.clone())
             .collect();
+        hit.sort_unstable();
         for key in hit {
             let Some(session) = self.sessions.get_mut(&key) else { continue };
             if session.foreign.remove(daemon).is_some()

@@ -12,6 +12,7 @@ mod members;
 pub mod model;
 mod objects;
 mod placement;
+mod queue;
 #[cfg(test)]
 mod rules;
 mod session;
@@ -43,6 +44,16 @@ pub struct Config {
     pub memory: Time,
     /// How long an unpushed image holds the session that made it to its daemon after its last request.
     pub image_hold: Time,
+    /// How many tickets may wait. With 0 there is no queue: a full pool shares its least loaded daemon.
+    pub queue_limit: usize,
+    /// How many of them may be one tenant's.
+    pub tenant_waiting: Option<usize>,
+    /// How many slots one tenant may hold.
+    pub tenant_slots: Option<u32>,
+    /// How long a ticket may wait.
+    pub max_wait: Time,
+    /// How long a daemon that has not answered yet is waited for, from when it was first observed.
+    pub patience: Time,
     /// Failed probes in a row that eject a daemon.
     pub eject_after: u32,
     /// Good probes in a row that bring it back.
@@ -59,6 +70,11 @@ impl Default for Config {
             unstarted: Time::from_secs(60),
             memory: Time::from_secs(4 * 3600),
             image_hold: Time::from_secs(12 * 3600),
+            queue_limit: 1000,
+            tenant_waiting: None,
+            tenant_slots: None,
+            max_wait: Time::from_secs(3600),
+            patience: Time::from_secs(120),
             eject_after: 2,
             recover_after: 2,
             epoch: 1,
@@ -94,12 +110,17 @@ struct Open {
     since: Time,
     /// A BuildKit session's uuid, known as long as this is open.
     uuid: Option<String>,
+    /// Its daemon has gone, or is another one now: what it still says is of nothing that exists.
+    orphan: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 enum Timer {
     Session(SessionKey),
     Container(DaemonId, String),
+    Ticket(RequestId),
+    /// The patience with a daemon that starts is over.
+    Patience(DaemonId),
 }
 
 /// The state machine.
@@ -108,13 +129,16 @@ pub struct Engine {
     config: Config,
     random: balancer::Random,
     daemons: BTreeMap<DaemonId, Daemon>,
-    sessions: BTreeMap<SessionKey, Session>,
+    /// Hashed, because keys are looked up several times for each request. So nothing that can be seen from
+    /// outside may follow the order of this map.
+    sessions: HashMap<SessionKey, Session>,
     /// Sessions with a lease, by the source that they come from.
-    sources: BTreeMap<SessionKey, BTreeSet<SessionKey>>,
+    sources: HashMap<SessionKey, BTreeSet<SessionKey>>,
     opens: HashMap<OpenId, Open>,
     objects: Objects,
     images: Images,
     timers: BTreeSet<(Time, Timer)>,
+    queue: queue::Queue,
     range: Option<(ApiVersion, ApiVersion)>,
     /// Collected while one event is handled.
     effects: Vec<Effect>,
@@ -129,12 +153,13 @@ impl Engine {
             config,
             random: balancer::Random::new(seed),
             daemons: BTreeMap::new(),
-            sessions: BTreeMap::new(),
-            sources: BTreeMap::new(),
+            sessions: HashMap::new(),
+            sources: HashMap::new(),
             opens: HashMap::new(),
             objects: Objects::default(),
             images: Images::default(),
             timers: BTreeSet::new(),
+            queue: queue::Queue::default(),
             range: None,
             effects: Vec::new(),
             next_open: 0,
@@ -154,8 +179,10 @@ impl Engine {
             Event::Replaced { daemon } => self.replaced(&daemon, now),
             Event::Inventory { daemon, began, inventory } => self.inventory(&daemon, began, inventory, now),
             Event::Images { daemon, began, images } => self.relist(&daemon, began, &images, now),
+            Event::Abandon(request) => self.abandon(request),
             Event::Tick => self.tick(now),
         }
+        self.admit_waiting(now);
         #[cfg(debug_assertions)]
         self.check_invariants();
         std::mem::take(&mut self.effects)
@@ -171,9 +198,16 @@ impl Engine {
         self.daemons.values()
     }
 
-    /// All sessions that are bound, own something, or are remembered.
+    /// All sessions that are bound, own something, or are remembered, in the order of their keys.
     pub fn sessions(&self) -> impl Iterator<Item = (&SessionKey, &Session)> {
-        self.sessions.iter()
+        let mut sessions: Vec<_> = self.sessions.iter().collect();
+        sessions.sort_unstable_by_key(|(key, _)| *key);
+        sessions.into_iter()
+    }
+
+    /// One session.
+    pub fn session(&self, key: &SessionKey) -> Option<&Session> {
+        self.sessions.get(key)
     }
 
     /// The API range that the pool promises: of the daemons that are there, or of the last that were.
@@ -199,8 +233,18 @@ impl Engine {
     }
 
     fn acquire(&mut self, acquire: Acquire, now: Time) {
+        let placement = self.place(&acquire);
+        if self.must_wait(&acquire, &placement) {
+            self.enqueue(acquire, now);
+        } else {
+            self.grant(acquire, placement, now);
+        }
+    }
+
+    /// Carries out a placement.
+    fn grant(&mut self, acquire: Acquire, placement: Placement, now: Time) {
         let request = acquire.request;
-        let (daemon, bind, free) = match self.place(&acquire) {
+        let (daemon, bind, free) = match placement {
             Placement::Bind(daemon) => (daemon, true, false),
             Placement::Route(daemon) => (daemon, false, false),
             Placement::Any(daemon) => (daemon, false, true),
@@ -247,8 +291,18 @@ impl Engine {
             }
         }
         self.settle(&key, now);
-        let known =
-            Open { key, daemon: daemon.clone(), unit, counted, builds, lease, tenant, since: now, uuid };
+        let known = Open {
+            key,
+            daemon: daemon.clone(),
+            unit,
+            counted,
+            builds,
+            lease,
+            tenant,
+            since: now,
+            uuid,
+            orphan: false,
+        };
         self.opens.insert(open, known);
         self.effects.push(Effect::Granted { request, open, daemon, lease, fresh });
     }
@@ -312,6 +366,7 @@ impl Engine {
             d.used -= slots;
             d.sessions.remove(key);
         }
+        self.queue.changed = true;
         for group in groups {
             if let Some(siblings) = self.sources.get_mut(&group) {
                 siblings.remove(key);
@@ -374,6 +429,8 @@ impl Engine {
             self.end_lease(&open.key, now, false);
             if let Some(session) = self.sessions.get_mut(&open.key) {
                 session.home = None;
+                // An event may have named it among an image's possible makers.
+                session.owned.clear();
             }
         }
     }
@@ -403,10 +460,14 @@ impl Engine {
                 session.linger = None;
             } else if session.slots > 0 {
                 // The last unit has just ended, or it ended a while ago and the linger runs.
-                let until = *session.linger.get_or_insert(now + self.config.linger);
+                // One that waits with more work takes its turn with the others instead.
+                let linger = if self.queue.has_of(key) { Time::ZERO } else { self.config.linger };
+                let until = *session.linger.get_or_insert(now + linger);
                 slots = u32::from(now < until);
             }
             if slots != session.slots {
+                // Fewer make room; the first one lets in what the session itself waits with.
+                self.queue.changed = true;
                 if let Some(daemon) = self.daemons.get_mut(&home.daemon) {
                     daemon.used = daemon.used + slots - session.slots;
                 }
@@ -454,6 +515,12 @@ impl Engine {
             match timer {
                 Timer::Session(key) => self.session_due(&key, now),
                 Timer::Container(daemon, id) => self.container_due(&daemon, &id, now),
+                Timer::Ticket(request) => self.ticket_due(request, now),
+                Timer::Patience(daemon) => {
+                    if let Some(d) = self.daemons.get_mut(&daemon) {
+                        d.expected = false;
+                    }
+                }
             }
         }
     }

@@ -165,6 +165,9 @@ pub struct Acquire {
     /// The daemon that the client itself runs on, in a container: it goes there and needs no slot. Otherwise
     /// it would wait for its own parent.
     pub inside: Option<DaemonId>,
+    /// Whether the names of what other sessions made mean anything to it. Terminals of one machine see each
+    /// other's containers and compose projects; two CI jobs that both call theirs `db` must not.
+    pub shares_names: bool,
     /// What kind of request it is.
     pub class: Class,
     /// The object in the request's path, if any.
@@ -184,8 +187,12 @@ pub enum Refusal {
     ApiVersion(String),
     /// The name exists on several daemons and none of them is this session's.
     Ambiguous(String),
+    /// The name means nothing to this session: only others have made something of that name.
+    NotFound(String),
     /// The session's daemon has gone, and everything on it.
     SessionLost(String),
+    /// The queue is full, or the longest wait is over.
+    QueueFull(String),
 }
 
 /// How a request or stream ended, as far as it matters to decisions.
@@ -415,6 +422,8 @@ pub enum Event {
         /// How.
         outcome: Outcome,
     },
+    /// The client of a request that waits has gone.
+    Abandon(RequestId),
     /// Time has passed: leases, lingers and graces run out.
     Tick,
 }
@@ -436,6 +445,24 @@ pub enum Effect {
         /// session has been there yet, and no fact led there. To try, release it as
         /// [`Outcome::Unreached`] and acquire again.
         fresh: bool,
+    },
+    /// The request waits for a slot.
+    Queued {
+        /// Which request.
+        request: RequestId,
+        /// Whose.
+        key: SessionKey,
+        /// Who waits.
+        tenant: Tenant,
+    },
+    /// A request has waited and is granted next.
+    Admitted {
+        /// Which request.
+        request: RequestId,
+        /// Who waited.
+        tenant: Tenant,
+        /// How long.
+        waited: Time,
     },
     /// The request gets no daemon.
     Refused {

@@ -169,7 +169,25 @@ impl Objects {
     /// The daemons on which `reference` means an object that `tenant` may use: by full id, else by name, else
     /// by id prefix (the order in which dockerd itself resolves it).
     pub fn resolve(&self, kind: Kind, reference: &str, tenant: &Tenant) -> Vec<DaemonId> {
-        let visible = |o: &Object| o.tenant.as_ref().is_none_or(|t| t == tenant);
+        self.resolve_for(kind, reference, tenant, None)
+    }
+
+    /// As [`Self::resolve`], without what only other sessions than `only` made. A full id is a fact all the same.
+    pub fn resolve_for(
+        &self,
+        kind: Kind,
+        reference: &str,
+        tenant: &Tenant,
+        only: Option<&SessionKey>,
+    ) -> Vec<DaemonId> {
+        let of_tenant = |o: &Object| o.tenant.as_ref().is_none_or(|t| t == tenant);
+        let visible =
+            |o: &Object| of_tenant(o) && only.is_none_or(|key| o.owners.is_empty() || o.owners.contains(key));
+        if kind != Kind::Volume
+            && let Some(entry) = self.by_id.get(&(kind, reference.to_string()))
+        {
+            return entry.iter().filter(|(_, o)| of_tenant(o)).map(|(d, _)| d.clone()).collect();
+        }
         if let Some(entry) = self.by_id.get(&(kind, reference.to_string())) {
             return entry.iter().filter(|(_, o)| visible(o)).map(|(d, _)| d.clone()).collect();
         }
@@ -231,6 +249,8 @@ impl Objects {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     const NOW: Time = Time::ZERO;
@@ -280,5 +300,47 @@ mod tests {
         assert_eq!(objects.resolve(Kind::Container, "db", &tenant), vec![a]);
         assert_eq!(objects.lost_with("cc33"), Some(&b));
         assert_eq!(objects.lost_with("aa11"), None);
+    }
+
+    proptest! {
+        #[test]
+        fn a_reference_means_what_a_search_through_everything_finds(
+            steps in proptest::collection::vec((0u8..3, "[0-9a-c]{4}", "[a-c]{1,2}", 0u8..3, 0u8..5), 1..40),
+            asked in "[0-9a-c]{1,4}",
+        ) {
+            let mut objects = Objects::default();
+            // Daemon and id; name and tenant.
+            let mut plain: BTreeMap<(DaemonId, String), (String, Option<Tenant>)> = BTreeMap::new();
+            for (daemon, id, name, tenant, what) in steps {
+                let daemon = DaemonId::from(format!("d{daemon}"));
+                let tenant = (tenant > 0).then(|| Tenant::from(format!("t{tenant}")));
+                if what == 0 {
+                    objects.remove(&daemon, Kind::Container, &id);
+                    plain.remove(&(daemon, id));
+                    continue;
+                }
+                objects.add(&daemon, Kind::Container, &id, Some(&name), NOW);
+                objects.get_mut(&daemon, Kind::Container, &id).unwrap().tenant = tenant.clone();
+                plain.insert((daemon, id), (name, tenant));
+            }
+            let mine = Tenant::from("t1");
+            let any_id = plain.keys().any(|(_, id)| *id == asked);
+            let seen = || plain.iter().filter(|(_, (_, t))| t.as_ref().is_none_or(|t| *t == mine));
+            let daemons = |found: &dyn Fn(&str, &str) -> bool| -> BTreeSet<DaemonId> {
+                seen().filter(|((_, id), (name, _))| found(id, name)).map(|((d, _), _)| d.clone()).collect()
+            };
+            let by_name = daemons(&|_, name| name == asked);
+            let expected = match () {
+                () if any_id => daemons(&|id, _| id == asked),
+                () if !by_name.is_empty() => by_name,
+                () => daemons(&|id, _| id.starts_with(&asked)),
+            };
+            let found = objects.resolve(Kind::Container, &asked, &mine);
+            prop_assert_eq!(found, expected.into_iter().collect::<Vec<_>>());
+            for daemon in ["d0", "d1", "d2"] {
+                objects.lose(&daemon.into());
+            }
+            prop_assert!(objects.by_id.is_empty() && objects.by_name.is_empty() && objects.on.is_empty());
+        }
     }
 }

@@ -21,12 +21,6 @@ pub(super) enum Placement {
     Refuse(Refusal),
 }
 
-/// Daemons that a request is limited to, or would do better on.
-enum Limit {
-    Only(Vec<DaemonId>),
-    Better(Vec<DaemonId>),
-}
-
 impl Engine {
     pub(super) fn place(&mut self, acquire: &Acquire) -> Placement {
         if let Some(parent) = acquire.inside.as_ref().filter(|d| self.daemons.contains_key(*d)) {
@@ -45,9 +39,8 @@ impl Engine {
             return lost_session(&lost, image); // Pushed or tagged by the one that made it there.
         }
         match self.limit(acquire) {
-            Some(Limit::Only(daemons)) => self.place_within(acquire, &daemons),
-            Some(Limit::Better(daemons)) => self.place_freely(acquire, &daemons),
-            None => self.place_freely(acquire, &[]),
+            Some(daemons) => self.place_within(acquire, &daemons),
+            None => self.place_freely(acquire),
         }
     }
 
@@ -57,6 +50,13 @@ impl Engine {
         let daemons = self.objects.resolve(target.kind, &target.reference, &acquire.tenant);
         if own.as_ref().is_some_and(|own| daemons.contains(own)) {
             return None; // It is where the session is.
+        }
+        let strangers = !daemons.is_empty();
+        let daemons = self.elsewhere(acquire, target);
+        if daemons.is_empty() && strangers {
+            // A session with a daemon of its own hears "no such container" from that one. For another there
+            // must be no daemon at which a stranger's container of that name would answer, or be removed.
+            return own.is_none().then(|| Placement::Refuse(Refusal::NotFound(no_such(target))));
         }
         match &daemons[..] {
             [] => {
@@ -71,7 +71,7 @@ impl Engine {
             }
             // `/session` came before its `/build`, under another key: the build follows it.
             [one] if target.kind == Kind::BuildSession => {
-                Some(self.place_within(acquire, std::slice::from_ref(one)))
+                Some(self.place_within(acquire, &BTreeSet::from([one.clone()])))
             }
             [one] => Some(Placement::Route(one.clone())),
             // Several, and the session has a daemon of its own: that one says "no such container".
@@ -89,6 +89,12 @@ impl Engine {
         }
     }
 
+    /// Where else something is that this session may mean by a name, or what has this full id.
+    fn elsewhere(&self, acquire: &Acquire, object: &ObjectRef) -> Vec<DaemonId> {
+        let only = (!acquire.shares_names).then_some(&acquire.key);
+        self.objects.resolve_for(object.kind, &object.reference, &acquire.tenant, only)
+    }
+
     /// The daemon that the session lost, if it has not been told yet.
     fn tell_lost(&mut self, key: &SessionKey) -> Option<DaemonId> {
         self.sessions.get_mut(key)?.lost.take()
@@ -96,7 +102,7 @@ impl Engine {
 
     /// Where an image or the objects beside a new container are. The first that limits wins; the next ones
     /// narrow it as long as something is left.
-    fn limit(&self, acquire: &Acquire) -> Option<Limit> {
+    fn limit(&self, acquire: &Acquire) -> Option<BTreeSet<DaemonId>> {
         let own = self.home_of(acquire);
         let mut only: Option<BTreeSet<DaemonId>> = None;
         let mut narrow = |daemons: Vec<DaemonId>| {
@@ -107,12 +113,18 @@ impl Engine {
                 None => Some(set),
             };
         };
-        let (containers, others): (Vec<_>, Vec<_>) =
-            acquire.requirements.beside.iter().partition(|o| o.kind == Kind::Container);
+        let (containers, others): (Vec<_>, Vec<_>) = acquire
+            .requirements
+            .beside
+            .iter()
+            .partition(|o| matches!(o.kind, Kind::Container | Kind::Project));
         let resolve = |o: &&ObjectRef| {
             let daemons = self.objects.resolve(o.kind, &o.reference, &acquire.tenant);
+            if let Some(own) = own.as_ref().filter(|own| daemons.contains(own)) {
+                return Some(vec![own.clone()]);
+            }
+            let daemons = self.elsewhere(acquire, o);
             match &own {
-                Some(own) if daemons.contains(own) => Some(vec![own.clone()]),
                 // A volume that is not there is made, so a stranger's of that name must not draw it away.
                 Some(_) if o.kind == Kind::Volume => None,
                 _ if daemons.len() == 1 => Some(daemons),
@@ -120,51 +132,44 @@ impl Engine {
             }
         };
         containers.iter().filter_map(resolve).for_each(&mut narrow);
-        let mut better = None;
         if let Some(image) = &acquire.requirements.image {
             let made_here = own.as_ref().filter(|own| self.images.made_by(&acquire.key, own, image)).cloned();
             match (made_here, self.images.find(image, &acquire.tenant)) {
                 (Some(own), _) => narrow(vec![own]),
                 (None, Found::Only(daemons)) => narrow(daemons),
                 // Starting a container elsewhere pulls it there; anything else needs it where it is.
-                (None, Found::Better(daemons)) if matches!(acquire.class, Class::Work(_)) => {
-                    better = Some(daemons);
+                (None, Found::Better) if matches!(acquire.class, Class::Work(_)) => {}
+                (None, Found::Better) => {
+                    narrow(self.images.holders(image, &acquire.tenant).cloned().collect())
                 }
-                (None, Found::Better(daemons)) => narrow(daemons),
                 (None, Found::Nowhere) => {}
             }
         }
         others.iter().filter_map(resolve).for_each(&mut narrow);
-        match only {
-            Some(only) => Some(Limit::Only(only.into_iter().collect())),
-            None => better.map(Limit::Better),
-        }
+        only
     }
 
     /// Only these daemons will do.
-    fn place_within(&mut self, acquire: &Acquire, daemons: &[DaemonId]) -> Placement {
+    fn place_within(&mut self, acquire: &Acquire, daemons: &BTreeSet<DaemonId>) -> Placement {
         let own = self.home_of(acquire);
         if let Some(own) = own.filter(|own| daemons.contains(own)) {
             return self.at_home(acquire, own);
         }
         let there = || daemons.iter().filter_map(|id| self.daemons.get(id));
         let api = acquire.requirements.api;
-        let chosen = balancer::least_wait(
-            there().filter(|d| d.takes_sessions() && d.serves(api)),
-            |_| false,
-            &mut self.random,
-        )
-        .cloned()
-        // What exists on one daemon only is asked for there, also while it takes no new sessions.
-        .or_else(|| there().next().map(|d| d.id.clone()));
-        let Some(chosen) = chosen else { return self.place_freely(acquire, &[]) };
+        let able = there().filter(|d| d.takes_sessions() && d.serves(api));
+        let chosen = balancer::draw(balancer::least_wait(able), std::iter::empty(), &mut self.random)
+            .cloned()
+            // What exists on one daemon only is asked for there, also while it takes no new sessions.
+            .or_else(|| there().next().map(|d| d.id.clone()));
+        let Some(chosen) = chosen else { return self.place_freely(acquire) };
         let binds = matches!(acquire.class, Class::Work(_) | Class::Join)
             && self.sessions.get(&acquire.key).is_none_or(|s| s.movable());
         if binds { Placement::Bind(chosen) } else { Placement::Route(chosen) }
     }
 
-    /// Any daemon will do; `better` ones at equal load.
-    fn place_freely(&mut self, acquire: &Acquire, better: &[DaemonId]) -> Placement {
+    /// Any daemon will do; at equal load one that has the image.
+    fn place_freely(&mut self, acquire: &Acquire) -> Placement {
         let requirements = &acquire.requirements;
         if let Some(own) = self.home_of(acquire) {
             let well = self.daemons.get(&own).is_some_and(|d| d.health == Health::Healthy);
@@ -185,8 +190,9 @@ impl Engine {
         }
         let able = self.daemons.values().filter(able);
         let chosen = if binds {
-            let better: BTreeSet<&DaemonId> = better.iter().collect();
-            balancer::least_wait(able, |d| better.contains(&d.id), &mut self.random)
+            let image = requirements.image.iter();
+            let holders = image.flat_map(|image| self.images.holders(image, &acquire.tenant));
+            balancer::draw(balancer::least_wait(able), holders, &mut self.random)
         } else {
             balancer::rendezvous(able, acquire.key.as_str())
         };
@@ -208,7 +214,7 @@ impl Engine {
     }
 
     /// The daemon that the session belongs to: its own binding, else that of its client's other connections.
-    fn home_of(&self, acquire: &Acquire) -> Option<DaemonId> {
+    pub(super) fn home_of(&self, acquire: &Acquire) -> Option<DaemonId> {
         if let Some(own) = self.home(&acquire.key) {
             return Some(own.clone());
         }
@@ -263,6 +269,16 @@ impl Engine {
             tried.push(format!("and {} more", self.daemons.len() - tried.len()));
         }
         Refusal::NoDaemon(format!("no healthy daemon in the pool: {}", tried.join(", ")))
+    }
+}
+
+/// dockerd's own words (28.5).
+fn no_such(object: &ObjectRef) -> String {
+    let name = &object.reference;
+    match object.kind {
+        Kind::Network => format!("network {name} not found"),
+        Kind::Volume => format!("get {name}: no such volume"),
+        _ => format!("No such container: {name}"),
     }
 }
 

@@ -32,6 +32,7 @@ fn ask(key: &str, class: Class) -> Acquire {
         tenant: "default".into(),
         source: None,
         inside: None,
+        shares_names: true,
         class,
         target: None,
         requirements: Requirements::default(),
@@ -91,7 +92,8 @@ impl Pool {
 
     fn seeded(daemons: usize, seed: u64) -> Self {
         let mut pool = Pool {
-            engine: Engine::new(Config::default(), seed),
+            // The queue has rules of its own.
+            engine: Engine::new(Config { queue_limit: 0, ..Config::default() }, seed),
             now: Time::from_secs(1),
             requests: 0,
             told: Vec::new(),
@@ -153,6 +155,8 @@ impl Pool {
             Refusal::NoDaemon(text)
             | Refusal::ApiVersion(text)
             | Refusal::Ambiguous(text)
+            | Refusal::QueueFull(text)
+            | Refusal::NotFound(text)
             | Refusal::SessionLost(text) => text,
         }
     }
@@ -401,6 +405,18 @@ fn an_older_list_does_not_undo_what_was_learned_since() {
 }
 
 #[test]
+fn a_container_whose_start_only_a_list_told_counts_longer_than_a_minute() {
+    let mut pool = Pool::of(1);
+    let daemon = pool.container(create("k", "alpine"), "c1", None);
+    pool.pass(5);
+    let containers = vec![ListedContainer { id: "c1".into(), names: vec![], running: true }];
+    let (began, inventory) = (pool.now, Inventory { containers, ..Inventory::default() });
+    pool.tell(Event::Inventory { daemon: daemon.clone(), began, inventory });
+    pool.pass(600);
+    assert_eq!(pool.used(&daemon), 1);
+}
+
+#[test]
 fn a_list_names_the_builders_also_those_whose_build_still_runs() {
     let mut pool = Pool::of(1);
     let slow = pool.grant(build("slow"));
@@ -426,6 +442,17 @@ fn a_list_names_the_builders_also_those_whose_build_still_runs() {
     );
     pool.pass(400);
     assert!(pool.home("slow").is_some(), "its image holds it");
+}
+
+#[test]
+fn builders_that_no_list_clears_do_not_pile_up() {
+    let mut pool = Pool::of(1);
+    for i in 0..1_000 {
+        pool.pass(1);
+        pool.call(build(&format!("k{i}")));
+    }
+    let (builders, _) = pool.engine.daemons().next().unwrap().builders.all();
+    assert!(builders.len() <= 256 && builders.contains(&"k999".into()));
 }
 
 #[test]
@@ -829,6 +856,18 @@ fn a_binding_of_several_requests_is_undone_when_none_of_them_got_through() {
 }
 
 #[test]
+fn a_binding_that_was_never_reached_owns_no_image() {
+    let mut pool = Pool::of(2);
+    let grant = pool.grant(build("k"));
+    let reference = super::images::normalise("app");
+    let fact = Fact::ImageWritten { reference, id: Some("sha256:11".into()), written: Written::Made };
+    pool.learn(&grant.daemon, None, fact);
+    pool.end(&grant, Outcome::Unreached);
+    assert_eq!(pool.home("k"), None);
+    assert_ne!(pool.grant(build("k")).daemon, grant.daemon);
+}
+
+#[test]
 fn a_binding_that_was_reached_once_is_not_undone() {
     let mut pool = Pool::of(2);
     let first = pool.grant(build("k"));
@@ -1080,4 +1119,63 @@ fn events_and_effects_are_plain_data() {
         let text = serde_json::to_string(effect).unwrap();
         assert_eq!(&serde_json::from_str::<Effect>(&text).unwrap(), effect);
     }
+}
+
+impl Acquire {
+    /// As a CI job asks, to whom the names of other jobs mean nothing.
+    fn job(mut self) -> Self {
+        self.shares_names = false;
+        self
+    }
+}
+
+#[test]
+fn a_jobs_names_are_its_own_also_where_another_jobs_would_be_unique() {
+    let mut pool = Pool::of(2);
+    let theirs = pool.run(create("other", "busybox").job(), "aa11", Some("db"));
+    // Unbound, `docker rm -f db` must reach nobody's `db`.
+    let text = pool.refuse(follow("job").target(Kind::Container, "db").job());
+    assert_eq!(text, "No such container: db");
+    assert_eq!(pool.refuse(follow("job").target(Kind::Container, "aa1").job()), "No such container: aa1");
+    // Bound elsewhere, the own daemon says that it has none.
+    let mine = pool.run(create("job", "busybox").job(), "bb22", Some("web"));
+    assert_ne!(mine, theirs);
+    assert_eq!(pool.call(follow("job").target(Kind::Container, "db").job()), mine);
+    // A full id is a fact, and what nobody made is everybody's.
+    assert_eq!(pool.call(follow("job").target(Kind::Container, "aa11").job()), theirs);
+    let fact = Fact::Created { kind: Kind::Volume, id: "cache".into(), name: Some("cache".into()) };
+    pool.learn(&theirs, None, fact);
+    assert_eq!(pool.call(follow("new").target(Kind::Volume, "cache").job()), theirs);
+}
+
+#[test]
+fn a_jobs_network_is_made_anew_where_another_job_has_one_of_that_name() {
+    let mut pool = Pool::of(2);
+    let network = |pool: &mut Pool, key: &str, id: &str| {
+        let grant = pool.grant(ask(key, Class::Work(Work::Resource)).job());
+        let fact = Fact::Created { kind: Kind::Network, id: id.into(), name: Some("app_default".into()) };
+        pool.learn(&grant.daemon, Some(&grant), fact);
+        pool.done(&grant);
+        grant.daemon
+    };
+    let theirs = network(&mut pool, "other", "n1");
+    let mine = pool.makes("job", "app", "sha256:11");
+    assert_ne!(mine, theirs);
+    assert_eq!(pool.call(follow("job").target(Kind::Network, "app_default").job()), mine);
+    assert_eq!(network(&mut pool, "job", "n2"), mine);
+    let run = create("job", "app").beside(Kind::Network, "app_default").job();
+    assert_eq!(pool.call(run), mine);
+}
+
+#[test]
+fn what_a_terminal_adds_to_a_project_goes_where_the_project_is() {
+    let mut pool = Pool::of(2);
+    let up = pool.run(create("one", "busybox"), "aa11", Some("app-web-1"));
+    let fact = Fact::Labelled { kind: Kind::Container, id: "aa11".into(), project: "app".into() };
+    pool.learn(&up, None, fact);
+    let other = pool.makes("two", "tool", "sha256:22");
+    assert_ne!(other, up);
+    assert_eq!(pool.call(create("two", "busybox").beside(Kind::Project, "app")), up);
+    pool.learn(&up, None, Fact::Removed { kind: Kind::Container, id: "aa11".into() });
+    assert_eq!(pool.call(create("two", "busybox").beside(Kind::Project, "app")), other);
 }

@@ -38,6 +38,8 @@ pub(super) fn common(daemons: &BTreeMap<DaemonId, (ApiVersion, ApiVersion)>) -> 
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn pool(ranges: &[(&str, u16, u16)]) -> BTreeMap<DaemonId, (ApiVersion, ApiVersion)> {
@@ -60,5 +62,27 @@ mod tests {
     #[test]
     fn no_daemons_no_range() {
         assert_eq!(common(&pool(&[])), None);
+    }
+
+    proptest! {
+        #[test]
+        fn the_range_is_what_the_largest_group_shares(
+            ranges in proptest::collection::vec((0u16..12, 0u16..6), 1..12),
+        ) {
+            let pool: BTreeMap<DaemonId, (ApiVersion, ApiVersion)> = (ranges.iter().enumerate())
+                .map(|(i, (min, more))| (format!("d{i}").into(), ((1, *min), (1, min + more))))
+                .collect();
+            let range = common(&pool).unwrap();
+            prop_assert!(range.min <= range.max);
+            for (id, (min, max)) in &pool {
+                let serves_all = *min <= range.min && range.max <= *max;
+                prop_assert_eq!(serves_all, !range.misfits.contains(id), "{}", id);
+            }
+            // No version is served by more daemons than those that were kept.
+            for minor in 0..20 {
+                let served = pool.values().filter(|(min, max)| (*min..=*max).contains(&(1, minor))).count();
+                prop_assert!(served <= pool.len() - range.misfits.len());
+            }
+        }
     }
 }

@@ -5,6 +5,7 @@ pub mod about;
 pub mod client;
 mod lease;
 pub mod status;
+mod ticket;
 mod watch;
 
 use std::collections::{BTreeMap, HashMap};
@@ -24,7 +25,8 @@ use crate::metrics::{Metrics, health_word, state_word};
 use crate::provision::{DaemonSpec, Endpoint, Observation};
 use about::About;
 pub use lease::Lease;
-use status::{DaemonStatus, QueueStatus, SessionStatus, Status};
+use status::{DaemonStatus, QueueStatus, SessionStatus, Status, TicketStatus};
+pub use ticket::Ticket;
 
 /// How the pool watches its daemons.
 #[derive(Debug, Clone)]
@@ -46,8 +48,9 @@ impl Default for Config {
         Config {
             engine: engine::Config::default(),
             slots: None,
-            probe_interval: Duration::from_secs(2),
-            probe_deadline: Duration::from_secs(2),
+            // Together: a frozen daemon is out within 5 s, two deadlines after the probe that meets it.
+            probe_interval: Duration::from_millis(1500),
+            probe_deadline: Duration::from_millis(1500),
             connect_deadline: Duration::from_secs(5),
         }
     }
@@ -80,6 +83,8 @@ pub struct Want {
     pub source: Option<SessionKey>,
     /// The daemon that the client itself runs on.
     pub inside: Option<DaemonId>,
+    /// Whether names of what other sessions made mean anything to it.
+    pub shares_names: bool,
     /// What kind of request it is.
     pub class: Class,
     /// The object in its path.
@@ -167,21 +172,24 @@ impl Pool {
                 () = self.ticked.notified() => {}
             }
         }
-        for (_, member) in std::mem::take(&mut self.lock().daemons) {
+        self.stop();
+    }
+
+    /// Watches nothing any more: the daemons are about to be stopped, and that is no failure of theirs.
+    pub fn stop(&self) {
+        for member in self.lock().daemons.values() {
             member.watch.abort();
         }
     }
 
-    /// A daemon for one request, with the guard that gives it back.
-    ///
-    /// # Errors
-    /// When no daemon can take it; the message says what was tried.
-    pub async fn acquire(self: &Arc<Self>, want: &Want) -> Result<Lease, Error> {
+    /// Asks for a daemon for one request: the only way from the proxy to the engine. The ticket has its lease at
+    /// once, or waits in the queue; dropped, it has left the queue.
+    pub async fn acquire(self: &Arc<Self>, want: &Want) -> Ticket {
         if want.requirements.image.is_some() {
             self.refresh_images().await;
         }
         let (answer, granted) = oneshot::channel();
-        {
+        let request = {
             let mut state = self.lock();
             state.next_request += 1;
             let request = RequestId(state.next_request);
@@ -192,18 +200,20 @@ impl Pool {
                 tenant: want.tenant.clone(),
                 source: want.source.clone(),
                 inside: want.inside.clone(),
+                shares_names: want.shares_names,
                 class: want.class,
                 target: want.target.clone(),
                 requirements: want.requirements.clone(),
                 deadline: None,
             };
             self.handle(&mut state, Event::Acquire(acquire));
-        }
-        let granted = match granted.await {
-            Ok(Ok(granted)) => granted,
-            Ok(Err(refusal)) => return Err(refused(refusal)),
-            Err(_) => return Err(Error::new(ErrorKind::ShuttingDown, "dindpool is shutting down")),
+            request
         };
+        Ticket { pool: self.clone(), request, answer: granted, answered: false }
+    }
+
+    /// The guard of a granted request.
+    fn lease(self: &Arc<Self>, granted: Granted) -> Result<Lease, Error> {
         let handle = self.lock().daemons.get(&granted.daemon).map(|m| m.handle.clone());
         match handle {
             Some(handle) => Ok(Lease::new(self.clone(), granted.open, granted.lease, granted.fresh, handle)),
@@ -231,6 +241,23 @@ impl Pool {
         Some((min, max, about))
     }
 
+    /// Whether nobody may join the queue, except sessions that have their daemon already.
+    pub fn refuses(&self, key: &SessionKey) -> bool {
+        let state = self.lock();
+        let bound = |key| state.engine.sessions().any(|(k, s)| k == key && s.lease().is_some());
+        state.engine.queue_is_full() && !bound(key)
+    }
+
+    /// Whether the queue is full: then it matters whose ping it is.
+    pub fn queue_is_full(&self) -> bool {
+        self.lock().engine.queue_is_full()
+    }
+
+    /// Whether a daemon is on its way that work may wait for.
+    pub fn expects_room(&self) -> bool {
+        self.lock().engine.expects_room()
+    }
+
     /// Whether at least one daemon takes sessions.
     pub fn is_ready(&self) -> bool {
         self.lock().engine.daemons().any(|d| d.takes_sessions())
@@ -241,6 +268,14 @@ impl Pool {
         let now = self.now();
         let state = self.lock();
         let version = |v: ApiVersion| format!("{}.{}", v.0, v.1);
+        let tickets: Vec<TicketStatus> = (state.engine.tickets().into_iter().enumerate())
+            .map(|(i, (_, key, tenant, since))| TicketStatus {
+                position: i + 1,
+                key: key.to_string(),
+                tenant: tenant.to_string(),
+                waited: now.saturating_sub(since).as_secs_f64(),
+            })
+            .collect();
         Status {
             version: env!("CARGO_PKG_VERSION").into(),
             api: state.engine.api_range().map(|(min, max)| (version(min), version(max))),
@@ -279,7 +314,11 @@ impl Pool {
                     })
                 })
                 .collect(),
-            queue: QueueStatus { waiting: u32::try_from(state.waiting.len()).unwrap_or(u32::MAX) },
+            queue: QueueStatus {
+                waiting: u32::try_from(tickets.len()).unwrap_or(u32::MAX),
+                limit: self.config.engine.queue_limit,
+                tickets,
+            },
             problems: state.problems.clone(),
             images: state.engine.image_count(),
         }
@@ -344,9 +383,19 @@ impl Pool {
                 }
             }
             Effect::Refused { request, refusal } => {
+                if matches!(refusal, Refusal::QueueFull(_)) {
+                    self.metrics.queue_refused.inc();
+                }
                 if let Some(answer) = state.waiting.remove(&request) {
                     let _ = answer.send(Err(refusal));
                 }
+            }
+            Effect::Queued { key, tenant, .. } => {
+                self.metrics.queued(tenant.as_str());
+                tracing::info!(session = %key, %tenant, "waits for a free daemon");
+            }
+            Effect::Admitted { tenant, waited, .. } => {
+                self.metrics.admitted(tenant.as_str(), waited);
             }
             Effect::LeaseStarted { key, lease, daemon } => {
                 self.metrics.leases.inc();
@@ -473,7 +522,8 @@ fn refused(refusal: Refusal) -> Error {
     match refusal {
         Refusal::NoDaemon(message) => Error::new(ErrorKind::NoDaemon, message),
         Refusal::ApiVersion(message) => Error::new(ErrorKind::BadRequest, message),
-        Refusal::Ambiguous(message) => Error::new(ErrorKind::NotFound, message),
+        Refusal::Ambiguous(message) | Refusal::NotFound(message) => Error::new(ErrorKind::NotFound, message),
+        Refusal::QueueFull(message) => Error::new(ErrorKind::QueueFull, message),
         Refusal::SessionLost(message) => Error::new(ErrorKind::SessionLost, message),
     }
 }

@@ -78,4 +78,21 @@ pub struct SessionStatus {
 pub struct QueueStatus {
     /// Tickets that wait.
     pub waiting: u32,
+    /// How many may wait; 0 without a queue.
+    pub limit: usize,
+    /// Who waits, the next in front.
+    pub tickets: Vec<TicketStatus>,
+}
+
+/// One ticket.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TicketStatus {
+    /// Where it stands, from 1.
+    pub position: usize,
+    /// The session that waits.
+    pub key: String,
+    /// Who it belongs to.
+    pub tenant: String,
+    /// For how many seconds it has waited.
+    pub waited: f64,
 }

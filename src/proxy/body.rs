@@ -66,8 +66,8 @@ pub fn container(body: &[u8]) -> ContainerBody {
     ContainerBody { image, beside, project: project(&body) }
 }
 
-/// The `Name` in a `networks/create` body, and its compose project.
-pub fn network(body: &[u8]) -> (Option<String>, Option<String>) {
+/// The `Name` in a `networks/create` or `volumes/create` body, and its compose project.
+pub fn resource(body: &[u8]) -> (Option<String>, Option<String>) {
     let Ok(Value::Object(body)) = serde_json::from_slice(body) else { return (None, None) };
     let name = get(&body, "Name").and_then(Value::as_str).map(str::to_string);
     (name, project(&body))

@@ -37,8 +37,8 @@ pub enum Learn {
 pub enum Peek {
     /// `POST /containers/create`: the image, and what the container is put beside.
     Container,
-    /// `POST /networks/create`: its name.
-    Network,
+    /// `POST /networks/create`, `/volumes/create`: name and compose project.
+    Resource,
 }
 
 /// A classified request.
@@ -361,7 +361,7 @@ fn network(method: &str, rest: &[&str], query: &str) -> Route {
         ("POST", ["create"]) => {
             let mut route = Route::new("networks/create", Class::Work(Work::Resource));
             route.learn = Some(Learn::Created(Kind::Network));
-            route.peek = Some(Peek::Network);
+            route.peek = Some(Peek::Resource);
             route
         }
         ("POST", ["prune"]) => Route::new("networks/prune", Follow),
@@ -376,7 +376,8 @@ fn volume(method: &str, rest: &[&str], query: &str) -> Route {
     match (method, rest) {
         ("GET", [] | [""]) => Route::new("volumes/list", Read).of_project(query),
         ("POST", ["create"]) => {
-            Route::new("volumes/create", Class::Work(Work::Resource)).learn(Learn::Volume)
+            let route = Route::new("volumes/create", Class::Work(Work::Resource)).learn(Learn::Volume);
+            Route { peek: Some(Peek::Resource), ..route }
         }
         ("POST", ["prune"]) => Route::new("volumes/prune", Follow),
         ("GET", [name]) => Route::new("volumes/inspect", Follow).on(Kind::Volume, name),

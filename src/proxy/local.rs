@@ -15,13 +15,21 @@ const UNKNOWN_API: ApiVersion = (1, 41);
 
 /// The answer to `/_ping`. While no daemon takes sessions it is 429 with the reason: the docker CLI goes on and
 /// gets a 503 that says the same, and buildx prints the message and exits 1. Anything else (503 on `/grpc`)
-/// would make buildx fall back to pulling `moby/buildkit`.
-pub fn ping(pool: &Pool, head_only: bool, keep_alive: bool) -> Vec<u8> {
+/// would make buildx fall back to pulling `moby/buildkit`. The same where `full` says that the queue is and the
+/// client has no daemon yet.
+pub fn ping(pool: &Pool, head_only: bool, keep_alive: bool, full: bool) -> Vec<u8> {
     let (api, about) = match pool.about(None) {
         Some((_, max, about)) => (max, about),
         None => (UNKNOWN_API, Default::default()),
     };
-    let refusal = (!pool.is_ready()).then(|| nobody(pool));
+    let refusal = if full {
+        let limit = pool.config().engine.queue_limit;
+        let message = format!("the queue is full: {limit} builds wait already; try again later");
+        Some(Error::new(Kind::QueueFull, message))
+    } else {
+        // Work waits for daemons that are on their way.
+        (!pool.is_ready() && !pool.expects_room()).then(|| nobody(pool))
+    };
     let (status, content_type, body) = match &refusal {
         None => ("200 OK", "text/plain; charset=utf-8", "OK".to_string()),
         Some(error) => ("429 Too Many Requests", "application/json", error.body()),

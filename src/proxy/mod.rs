@@ -20,6 +20,7 @@ mod local;
 pub mod peer;
 pub mod relay;
 mod solve;
+mod wait;
 
 use std::io;
 use std::net::SocketAddr;
@@ -32,13 +33,14 @@ use self::learn::{Named, Watcher};
 use self::peer::Peers;
 use self::relay::h2::PREFACE;
 use self::relay::{
-    Framing, HeadError, Options, RequestHead, ResponseHead, Side, TunnelCause, TunnelKind, exchange, refuse,
-    tunnel,
+    Framing, HeadError, Options, RequestHead, ResponseHead, Side, TunnelCause, TunnelKind, Version, exchange,
+    refuse, tunnel,
 };
 use self::solve::SolveTap;
+use self::wait::{Manner, Told, chunk, wait};
 use crate::drain::Drain;
 use crate::engine::model::{
-    Class, DaemonId, Kind as ObjectKind, Outcome, Requirements, SessionKey, Tenant, Work,
+    Class, DaemonId, Kind as ObjectKind, ObjectRef, Outcome, Requirements, SessionKey, Tenant, Work,
 };
 use crate::error::{Error, Kind};
 use crate::metrics::Metrics;
@@ -91,6 +93,7 @@ struct Admitted {
     named: Named,
     lease: Lease,
     daemon: Side,
+    told: Told,
     started: Instant,
 }
 
@@ -130,7 +133,7 @@ impl Connection {
             return Next::Close;
         };
         match first {
-            Ok(b"PRI ") => {
+            Ok(first) if first.starts_with(b"PRI ") => {
                 Box::pin(self.native_h2()).await;
                 Next::Close
             }
@@ -171,7 +174,7 @@ impl Connection {
         }
     }
 
-    /// From a request's head to its daemon; or its answer, if it gets one here.
+    /// From a request's head to its daemon; or what follows, if its answer does not come from there.
     async fn admit(&mut self, head: RequestHead) -> Result<Box<Admitted>, Next> {
         let started = Instant::now();
         let prefix = classify::prefix(head.target());
@@ -187,8 +190,17 @@ impl Connection {
             return Err(self.refuse(&Error::new(Kind::NotImplemented, why), head_only).await);
         }
         match route.local {
+            Some(Local::Ping) if self.proxy.pool.queue_is_full() => {
+                // BuildKit can only be refused here: anywhere later buildx falls back to another driver.
+                let refused = match self.identify(&Prefix::default(), head.header(HEADER)).await {
+                    Ok(identity) => self.proxy.pool.refuses(&identity.key),
+                    Err(error) => return Err(self.refuse(&error, head_only).await),
+                };
+                let answer = local::ping(&self.proxy.pool, head_only, head.keep_alive, refused);
+                return Err(self.answer(&head, answer).await);
+            }
             Some(Local::Ping) => {
-                let answer = local::ping(&self.proxy.pool, head_only, head.keep_alive);
+                let answer = local::ping(&self.proxy.pool, head_only, head.keep_alive, false);
                 return Err(self.answer(&head, answer).await);
             }
             Some(Local::Version) => match local::version(&self.proxy.pool, head.keep_alive) {
@@ -210,22 +222,27 @@ impl Connection {
             Ok(want) => want,
             Err(error) => return Err(self.refuse(&error, head_only).await),
         };
-        let (lease, daemon) = match self.reach(&want).await {
+        let mut told = Told::default();
+        let (lease, daemon) = match self.reach(&want, manner(&head, &route), &mut told).await {
             Ok(reached) => reached,
+            Err(error) if error.kind == Kind::ClientGone => {
+                self.done(&route, &want.into(), None, started, word(Outcome::ClientGone));
+                return Err(Next::Close);
+            }
             Err(error) => {
                 self.done(&route, &want.into(), None, started, "refused");
-                return Err(self.refuse(&error, head_only).await);
+                return Err(self.tell(&error, head_only, told).await);
             }
         };
         self.proxy.metrics.added.observe(started.elapsed().as_secs_f64());
-        Ok(Box::new(Admitted { head, route, who: want.into(), named, lease, daemon, started }))
+        Ok(Box::new(Admitted { head, route, who: want.into(), named, lease, daemon, told, started }))
     }
 
     /// Relays one request and its response, and the tunnel that it may become.
     async fn relay(&mut self, admitted: Box<Admitted>) -> Next {
-        let Admitted { head, route, who, named, lease, mut daemon, started } = *admitted;
+        let Admitted { head, route, who, named, lease, mut daemon, told, started } = *admitted;
         let head_only = head.method() == "HEAD";
-        let options = Options { hijack: route.hijack };
+        let options = Options { hijack: route.hijack, answered: told.answered };
         let open = self.proxy.metrics.exchanges.clone();
         open.inc();
         let mut watcher = Watcher::new(&lease, route.learn.as_ref(), &named, route.json_stream);
@@ -250,6 +267,12 @@ impl Connection {
                 lease.finish(outcome);
                 Next::Close
             }
+            relay::Outcome::Unanswered { status } => {
+                let error = said(&mut daemon, status).await;
+                self.done(&route, &who, Some(&lease), started, "done");
+                lease.finish(Outcome::Done);
+                self.tell(&error, head_only, told).await
+            }
             relay::Outcome::ClientGone => {
                 self.done(&route, &who, Some(&lease), started, word(Outcome::ClientGone));
                 lease.finish(Outcome::ClientGone);
@@ -258,7 +281,7 @@ impl Connection {
             relay::Outcome::BadRequest { error, answerable } => {
                 self.done(&route, &who, Some(&lease), started, "bad-request");
                 lease.finish(Outcome::Aborted);
-                if answerable { self.refuse(&error, head_only).await } else { Next::Close }
+                if answerable { self.tell(&error, head_only, told).await } else { Next::Close }
             }
             relay::Outcome::DaemonFailed(failure) => {
                 self.done(&route, &who, Some(&lease), started, word(Outcome::DaemonFailed));
@@ -268,7 +291,7 @@ impl Connection {
                 );
                 lease.finish(Outcome::DaemonFailed);
                 if failure.before_response {
-                    self.refuse(&error, head_only).await
+                    self.tell(&error, head_only, told).await
                 } else {
                     self.proxy.metrics.errors.with_label_values(&[error.fault().as_str()]).inc();
                     Next::Close
@@ -308,6 +331,7 @@ impl Connection {
         let started = Instant::now();
         let want = Want {
             inside: self.inside(),
+            shares_names: identity.interactive,
             class: Class::Work(Work::BuildKit),
             key: identity.key,
             tenant: identity.tenant,
@@ -315,7 +339,8 @@ impl Connection {
             target: None,
             requirements: Requirements::default(),
         };
-        let reached = self.reach(&want).await;
+        let mut told = Told::default();
+        let reached = self.reach(&want, Manner::Http2, &mut told).await;
         let (lease, mut daemon) = match reached {
             Ok(reached) => reached,
             Err(error) => {
@@ -337,7 +362,7 @@ impl Connection {
         }
         self.proxy.metrics.added.observe(started.elapsed().as_secs_f64());
         let outcome = {
-            let mut tap = SolveTap::new(&lease);
+            let mut tap = SolveTap::new(&lease, told.settings);
             self.tunnel(&mut daemon, TunnelKind::H2, Some(&mut tap)).await
         };
         self.done(route, &who, Some(&lease), started, word(outcome));
@@ -411,8 +436,13 @@ impl Connection {
                     requirements.beside = read.beside;
                     named.project = read.project;
                 }
-                Peek::Network => (named.name, named.project) = body::network(&body),
+                Peek::Resource => (named.name, named.project) = body::resource(&body),
             }
+        }
+        // What a terminal adds to a compose project that went up in another one goes where the project is.
+        if let Some(project) = named.project.as_ref().filter(|_| identity.interactive) {
+            let project = ObjectRef { kind: ObjectKind::Project, reference: project.clone() };
+            requirements.beside.insert(0, project);
         }
         // Terminals of one machine see each other's compose projects: `up` in one, `down` in the other. Two CI
         // jobs with the same project name must not.
@@ -422,6 +452,7 @@ impl Connection {
             tenant: identity.tenant,
             source: identity.source,
             inside: self.inside(),
+            shares_names: identity.interactive,
             class: route.class,
             target,
             requirements,
@@ -464,10 +495,11 @@ impl Connection {
 
     /// A daemon for the request, and a connection to it. Another daemon is tried only while no byte of the
     /// request has reached one and the session was not bound before: a bound session never silently moves.
-    async fn reach(&mut self, want: &Want) -> Result<(Lease, Side), Error> {
+    async fn reach(&mut self, want: &Want, manner: Manner, told: &mut Told) -> Result<(Lease, Side), Error> {
         let mut tried: Vec<DaemonId> = Vec::new();
         loop {
-            let lease = self.proxy.pool.acquire(want).await?;
+            let ticket = self.proxy.pool.acquire(want).await;
+            let lease = wait(&mut self.client, ticket, manner, told).await?;
             let id = lease.daemon().id.clone();
             if let Some((kept, side)) = self.kept.take()
                 && kept == id
@@ -477,6 +509,14 @@ impl Connection {
             }
             match lease.connect().await {
                 Ok(stream) => return Ok((lease, Side::new(stream))),
+                // Our own want of descriptors or ports is no daemon's fault.
+                Err(error) if is_own_fault(&error) => {
+                    lease.finish(Outcome::Aborted);
+                    return Err(Error::new(
+                        Kind::Internal,
+                        format!("dindpool cannot open a connection: {error}"),
+                    ));
+                }
                 Err(error) => {
                     let bound = lease.is_bound();
                     let kind = if error.kind() == io::ErrorKind::TimedOut {
@@ -519,6 +559,18 @@ impl Connection {
         Next::Close
     }
 
+    /// As [`Self::refuse`], also where the client has been answered while it waited: then within its stream.
+    async fn tell(&mut self, error: &Error, head_only: bool, told: Told) -> Next {
+        if !told.answered {
+            return self.refuse(error, head_only).await;
+        }
+        self.proxy.metrics.errors.with_label_values(&[error.fault().as_str()]).inc();
+        tracing::info!(fault = error.fault().as_str(), "{error}");
+        // No terminating chunk: what failed must not look complete.
+        refuse(&mut self.client, chunk(&error.stream_line()).as_bytes()).await;
+        Next::Close
+    }
+
     fn count_bytes(&self, up: u64, down: u64) {
         self.proxy.metrics.bytes_up.inc_by(up);
         self.proxy.metrics.bytes_down.inc_by(down);
@@ -540,6 +592,37 @@ impl Connection {
     }
 }
 
+/// How the client of this request can be told that it waits. `build -q` prints its whole stream as the image's
+/// id, and import prints to standard output (CLI 28.2.2, measured).
+fn manner(head: &RequestHead, route: &Route) -> Manner {
+    let quiet =
+        head.query().and_then(|q| classify::parameter(q, "q")).is_some_and(|q| q == "1" || q == "true");
+    match route.class {
+        Class::Work(Work::Build | Work::Pull) if !quiet && head.version == Version::Http11 => {
+            Manner::Lines(route.api)
+        }
+        Class::Work(Work::Load) if route.label == "images/load" && head.version == Version::Http11 => {
+            Manner::Lines(route.api)
+        }
+        _ => Manner::Silent,
+    }
+}
+
+/// What a daemon said instead of the 200 that its client has already: its own message, if it is one.
+async fn said(daemon: &mut Side, status: u16) -> Error {
+    let mut message = format!("the daemon answered {status}");
+    if let Ok(head) = daemon.read_response().await
+        && let Ok(head) = ResponseHead::parse(&head, false)
+        && let Framing::Length(length @ 1..=65_536) = head.framing
+        && let Ok(body) = daemon.peek(length as usize).await
+        && let Ok(body) = serde_json::from_slice::<serde_json::Value>(body)
+        && let Some(text) = body["message"].as_str()
+    {
+        message = text.to_string();
+    }
+    Error::new(Kind::DaemonUnreachable, message)
+}
+
 fn class_word(class: Class) -> &'static str {
     match class {
         Class::Work(_) => "work",
@@ -558,6 +641,14 @@ fn word(outcome: Outcome) -> &'static str {
         Outcome::Unreached => "unreached",
         Outcome::Aborted => "aborted",
     }
+}
+
+/// Whether a connection failed for want of something on this side.
+fn is_own_fault(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EMFILE | libc::ENFILE | libc::EADDRNOTAVAIL | libc::ENOBUFS | libc::ENOMEM)
+    )
 }
 
 /// The head as the daemon is to see it: without dindpool's own path prefixes, otherwise as it came.

@@ -6,7 +6,7 @@
 //! (grpc-go and hyper's h2 do so). So the coded bytes of that path are looked for; the tunnel itself stays
 //! opaque.
 
-use super::relay::{Tap, Verdict};
+use super::relay::{Tap, Verdict, h2};
 use crate::pool::Lease;
 
 /// `/moby.buildkit.v1.Control/Solve` in HPACK's Huffman code (RFC 7541 B; checked in the tests against the
@@ -22,25 +22,43 @@ const ENOUGH: usize = 1 << 20;
 pub struct SolveTap<'a> {
     lease: &'a Lease,
     seen: usize,
+    looking: bool,
+    /// Removes the ACK of the SETTINGS frame that the client got while it waited: with two, dockerd ends the
+    /// connection with PROTOCOL_ERROR.
+    swallow: Option<h2::AckSwallower>,
     /// The end of what was seen, one byte shorter than what is looked for.
     tail: Vec<u8>,
 }
 
 impl<'a> SolveTap<'a> {
-    /// Watches the connection of `lease`.
-    pub fn new(lease: &'a Lease) -> Self {
-        SolveTap { lease, seen: 0, tail: Vec::new() }
+    /// Watches the connection of `lease`, whose client has been sent a SETTINGS frame if `settings`.
+    pub fn new(lease: &'a Lease, settings: bool) -> Self {
+        let swallow = settings.then(h2::AckSwallower::new);
+        SolveTap { lease, seen: 0, looking: true, swallow, tail: Vec::new() }
     }
 }
 
 impl Tap for SolveTap<'_> {
     fn client_bytes(&mut self, bytes: &[u8]) -> Verdict {
         self.seen += bytes.len();
-        if contains(&mut self.tail, bytes, &SOLVE) {
+        if self.looking && contains(&mut self.tail, bytes, &SOLVE) {
             self.lease.build_seen();
-            return Verdict::done();
+            self.looking = false;
         }
-        if self.seen > ENOUGH { Verdict::done() } else { Verdict::go_on() }
+        self.looking &= self.seen <= ENOUGH;
+        let mut verdict = match &mut self.swallow {
+            Some(swallow) => swallow.client_bytes(bytes),
+            None => Verdict::done(),
+        };
+        if verdict.done {
+            self.swallow = None;
+        }
+        verdict.done &= !self.looking;
+        verdict
+    }
+
+    fn client_end(&mut self) -> Vec<u8> {
+        self.swallow.as_mut().map(Tap::client_end).unwrap_or_default()
     }
 }
 

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 use super::network;
 use super::plan;
-use super::state::{self, Held, Lock, Process, Registration, State};
+use super::state::{self, Held, Lock, Registration, State};
 
 /// The lock of a pool's owner, in the pool's run directory.
 pub(super) const OWNER_LOCK: &str = "owner.lock";
@@ -29,41 +29,29 @@ const KILL_PATIENCE: Duration = Duration::from_secs(20);
 /// A sentence, when something survives SIGKILL.
 pub(super) async fn end(run: &Path, grace: Duration) -> Result<(), String> {
     let path = run.join(state::KEEPER_LOCK);
-    let Some(holder) = holder(&path) else { return Ok(()) };
-    let state: Option<State> = state::read(&state::state_file(run));
-    let heads = || match &state {
-        Some(state) => state.heads().into_iter().cloned().collect::<Vec<Process>>(),
-        // Not that far yet: only the keeper itself, which has left its number in the lock that it holds.
-        None => holder.parse().ok().and_then(Process::of).into_iter().collect(),
-    };
+    let Some(holder) = state::holder(&path) else { return Ok(()) };
     if grace > Duration::ZERO {
-        heads().iter().take(1).for_each(|keeper| keeper.signal(libc::SIGTERM));
+        if let Some(keeper) = state::holding_process(&path) {
+            keeper.signal(libc::SIGTERM);
+        }
         // The keeper kills when the grace is over; a little more, for a keeper that is stopped itself.
         if free(&path, grace + Duration::from_secs(3)).await {
             return Ok(());
         }
     }
-    heads().iter().for_each(|process| process.signal(libc::SIGKILL));
+    // The keeper's death kills init. An init whose keeper is dead already is on its way.
+    let state: Option<State> = state::read(&state::state_file(run));
+    let heads = state.iter().flat_map(State::heads).cloned().chain(state::holding_process(&path));
+    heads.for_each(|process| process.signal(libc::SIGKILL));
     if free(&path, KILL_PATIENCE).await {
         return Ok(());
     }
     Err(format!("process {holder} cannot be killed ({} is still locked)", path.display()))
 }
 
-/// Who holds a lock; `None` when nobody does.
-fn holder(path: &Path) -> Option<String> {
-    if !path.exists() {
-        return None;
-    }
-    match Lock::try_take(path) {
-        Err(Held::By(pid)) => Some(pid),
-        Ok(_) | Err(Held::Fault(_)) => None,
-    }
-}
-
 async fn free(path: &Path, patience: Duration) -> bool {
     let end = Instant::now() + patience;
-    while holder(path).is_some() {
+    while state::holder(path).is_some() {
         if Instant::now() >= end {
             return false;
         }
@@ -127,9 +115,9 @@ fn remove_cgroup_tree(dir: &Path) -> bool {
     fs::remove_dir(dir).is_ok() || !dir.exists()
 }
 
-/// Looks after pools whose owner was killed: those with temporary data are ended and removed; of the others
-/// only dead daemons' cables and rules are, because living ones wait for a dindpool on the same data, and dead
-/// ones' data is the user's. The caller holds the register's lock.
+/// Looks after pools whose owner was killed: those with temporary data are ended and removed, and so are those
+/// whose data is gone, because nobody can come back for them. Of the others only dead daemons' cables and rules
+/// are removed: living ones wait for a dindpool on the same data, and dead ones' data is the user's. The caller holds the register's lock.
 pub(super) async fn reap(run_dir: &Path, own: &str) {
     for pool in state::registrations(run_dir).into_iter().filter(|pool| pool.pool != own) {
         let run = run_dir.join(&pool.pool);
@@ -143,9 +131,12 @@ pub(super) async fn reap(run_dir: &Path, own: &str) {
                 continue;
             }
         };
-        let alive =
-            pool.daemons.iter().any(|(id, _)| holder(&run.join(id).join(state::KEEPER_LOCK)).is_some());
-        if alive && !pool.remove_data {
+        let alive = pool
+            .daemons
+            .iter()
+            .any(|(id, _)| state::holder(&run.join(id).join(state::KEEPER_LOCK)).is_some());
+        let id = fs::read_to_string(pool.data.join(DATA_ID)).unwrap_or_default();
+        if alive && !pool.remove_data && id.trim() == pool.pool {
             continue;
         }
         tracing::info!(pool = pool.pool, data = %pool.data.display(), "removing what a killed dindpool left");
@@ -205,7 +196,11 @@ mod tests {
             fs::create_dir_all(made).unwrap();
         }
         fs::write(data.join("thesis"), "").unwrap();
-        let link = plan::Link { veth: "dpaa-0".into(), subnet: plan::NETWORKS[0], mtu: 1500 };
+        let link = plan::Link {
+            veth: "dpaa-0".into(),
+            subnet: crate::provision::process::address::NETWORKS[0],
+            mtu: 1500,
+        };
         let daemons = vec![("dind-0".to_string(), link)];
         let mut pool = Registration { pool: "aa".into(), data: data.clone(), remove_data: false, daemons };
         forget(&run, &pool).await;

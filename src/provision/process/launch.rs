@@ -67,6 +67,8 @@ fn keep(file: &Path) -> Result<i32, String> {
     // Init inherits it: while it is held, something of this daemon is alive.
     let lock = launch.run.join(state::KEEPER_LOCK);
     let _lock = Lock::try_take(&lock).map_err(|held| format!("{}: {held}", lock.display()))?;
+    // Run through /proc/self/exe we would be called `exe`.
+    let _ = nix::sys::prctl::set_name(c"dindpool");
     // A session of its own: the Ctrl-C and the hang-up of a terminal are for dindpool, which stops us.
     nix::unistd::setsid().map_err(fault("setsid"))?;
     let signals = block_signals()?;

@@ -16,8 +16,10 @@
 //! ([`network`]). They and every process can be found again from files ([`state`]), so that a dindpool that
 //! was killed costs nothing: the next one on the same data adopts its daemons, or removes them.
 
+mod address;
 mod cleanup;
 pub mod launch;
+mod log;
 mod namespace;
 mod network;
 mod plan;
@@ -58,7 +60,8 @@ pub struct Options {
     pub ready_deadline: Duration,
     /// How long dockerd may take to stop its containers and itself before it is killed.
     pub stop_grace: Duration,
-    /// The `dindpool` binary, for its hidden subcommand `__exec-daemon`.
+    /// The `dindpool` binary, for its hidden subcommand [`EXEC_DAEMON`]: `/proc/self/exe` in that binary, which
+    /// is still ours when a package manager has replaced the file.
     pub self_exe: PathBuf,
     /// The network and prefix length from which each daemon gets a /30. `None` chooses one that nothing on
     /// this machine uses, 10.231.0.0/16 first.
@@ -79,7 +82,7 @@ impl Options {
             extra_args: Vec::new(),
             ready_deadline: Duration::from_secs(60),
             stop_grace: Duration::from_secs(20),
-            self_exe: std::env::current_exe().unwrap_or_else(|_| PathBuf::from("/proc/self/exe")),
+            self_exe: PathBuf::from("/proc/self/exe"),
             network: None,
             progress: None,
         }

@@ -9,7 +9,8 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use super::plan::{Link, Subnet, nameservers};
+use super::address::Subnet;
+use super::plan::{Link, nameservers};
 
 /// Where programs of the administrator are, also when PATH is that of a user or of a cron job.
 const SBIN: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";

@@ -1,77 +1,12 @@
 //! What a daemon will be, decided before anything is touched: names, addresses, paths and arguments. Pure.
 
-use std::fmt;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-/// An IPv4 network.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Subnet {
-    /// Its first address.
-    pub base: Ipv4Addr,
-    /// The length of its prefix.
-    pub prefix: u8,
-}
-
-impl Subnet {
-    /// The network of `prefix` bits that `address` is in.
-    pub fn around(address: Ipv4Addr, prefix: u8) -> Subnet {
-        let prefix = prefix.min(32);
-        Subnet { base: Ipv4Addr::from_bits(address.to_bits() & mask(prefix)), prefix }
-    }
-
-    /// Understands `10.0.0.0/8` and a bare address.
-    pub fn parse(text: &str) -> Option<Subnet> {
-        let (address, prefix) = text.split_once('/').unwrap_or((text, "32"));
-        let prefix = prefix.parse().ok().filter(|bits| *bits <= 32)?;
-        Some(Subnet::around(address.parse().ok()?, prefix))
-    }
-
-    fn overlaps(self, other: Subnet) -> bool {
-        let common = mask(self.prefix.min(other.prefix));
-        self.base.to_bits() & common == other.base.to_bits() & common
-    }
-
-    fn address(self, offset: u32) -> Ipv4Addr {
-        Ipv4Addr::from_bits(self.base.to_bits().wrapping_add(offset))
-    }
-}
-
-impl fmt::Display for Subnet {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.base, self.prefix)
-    }
-}
-
-fn mask(prefix: u8) -> u32 {
-    u32::MAX.checked_shl(32 - u32::from(prefix)).unwrap_or(0)
-}
-
-/// Where the /30s come from when the user names no network: the first is rarely used by anybody, the others
-/// serve where it is (a VPN that routes all of 10.0.0.0/8).
-pub(super) const NETWORKS: [Subnet; 4] = [
-    Subnet { base: Ipv4Addr::new(10, 231, 0, 0), prefix: 16 },
-    Subnet { base: Ipv4Addr::new(192, 168, 231, 0), prefix: 24 },
-    Subnet { base: Ipv4Addr::new(172, 29, 231, 0), prefix: 24 },
-    Subnet { base: Ipv4Addr::new(198, 18, 231, 0), prefix: 24 },
-];
-
-/// `count` networks of four addresses inside one of `networks`, none of which touches anything `taken`. The
-/// search begins at a place that depends on `seed`, so that two pools that start at once rarely want the same.
-pub(super) fn choose(networks: &[Subnet], taken: &[Subnet], seed: u32, count: usize) -> Option<Vec<Subnet>> {
-    networks.iter().find_map(|network| {
-        let places = 1u32 << 30u8.checked_sub(network.prefix)?.min(16);
-        let free = (0..places)
-            .map(|step| network.address(4 * (seed.wrapping_add(step) % places)))
-            .map(|base| Subnet { base, prefix: 30 })
-            .filter(|candidate| !taken.iter().any(|used| used.overlaps(*candidate)));
-        let chosen: Vec<Subnet> = free.take(count).collect();
-        (chosen.len() == count).then_some(chosen)
-    })
-}
+use super::address::Subnet;
 
 /// The cable between the machine and a daemon's network namespace.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -264,111 +199,14 @@ fn is_loopback(server: &str) -> bool {
     bare.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
 
-/// What init says in the log about dockerd's end (`dockerd was killed by SIGKILL`).
-pub(super) fn end_line(log: &str) -> Option<String> {
-    let ours = log.lines().rev().filter_map(|line| line.strip_prefix("dindpool: "));
-    ours.filter(|text| text.starts_with("dockerd ")).map(str::to_string).next()
-}
-
-/// The line of a daemon's log that tells best why it did not start: the last one that is an error or comes
-/// without logging dress (`failed to start daemon: …`), else the last one.
-pub(super) fn telling_line(log: &str) -> Option<String> {
-    let mut last = None;
-    let mut telling = None;
-    for line in log.lines().map(str::trim).filter(|line| !line.is_empty()) {
-        if end_line(line).is_some() {
-            continue;
-        }
-        let level = line.split_whitespace().find_map(|word| word.strip_prefix("level="));
-        if matches!(level, None | Some("error" | "fatal" | "panic")) {
-            telling = Some(line);
-        }
-        last = Some(line);
-    }
-    telling.or(last).map(message).or_else(|| end_line(log))
-}
-
-/// The message of a log line in logfmt, or the line.
-fn message(line: &str) -> String {
-    let text = match line.split_once(" msg=\"") {
-        Some((_, rest)) => {
-            let mut out = String::new();
-            let mut chars = rest.chars();
-            while let Some(c) = chars.next() {
-                match c {
-                    '"' => break,
-                    '\\' => out.extend(chars.next()),
-                    c => out.push(c),
-                }
-            }
-            match line.split_once(" error=\"") {
-                Some((_, error)) => format!("{out}: {}", error.trim_end_matches('"')),
-                None => out,
-            }
-        }
-        None => line.to_string(),
-    };
-    text.chars().filter(|c| !c.is_control()).take(300).collect()
-}
-
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
-
     use super::*;
-
-    fn net(text: &str) -> Subnet {
-        Subnet::parse(text).unwrap()
-    }
-
-    #[test]
-    fn subnets_are_understood() {
-        assert_eq!(net("10.1.2.3/8"), Subnet { base: Ipv4Addr::new(10, 0, 0, 0), prefix: 8 });
-        assert_eq!(net("10.1.2.3").to_string(), "10.1.2.3/32");
-        assert_eq!(net("1.2.3.4/0").to_string(), "0.0.0.0/0");
-        assert!(Subnet::parse("default").is_none() && Subnet::parse("10.0.0.0/33").is_none());
-        assert!(net("10.0.0.0/8").overlaps(net("10.231.0.4/30")));
-        assert!(net("10.231.0.4/30").overlaps(net("10.0.0.0/8")));
-        assert!(!net("10.231.0.4/30").overlaps(net("10.231.0.8/30")));
-    }
-
-    #[test]
-    fn a_vpn_that_routes_the_whole_network_moves_the_pool_to_the_next() {
-        let chosen = choose(&NETWORKS, &[net("10.0.0.0/8")], 0, 2).unwrap();
-        assert_eq!(chosen, [net("192.168.231.0/30"), net("192.168.231.4/30")]);
-    }
-
-    #[test]
-    fn a_full_network_gives_nothing() {
-        let small = [net("10.9.0.0/29")];
-        assert_eq!(choose(&small, &[], 7, 2).unwrap().len(), 2);
-        assert_eq!(choose(&small, &[], 7, 3), None);
-        assert_eq!(choose(&small, &[net("10.9.0.5")], 0, 2), None);
-        assert_eq!(choose(&[net("10.9.0.0/31")], &[], 0, 1), None, "too small for one");
-    }
-
-    proptest! {
-        #[test]
-        fn chosen_networks_touch_nothing_and_not_each_other(
-            seed: u32, count in 1usize..40,
-            used in proptest::collection::vec((0u32..1 << 16, 16u8..=32), 0..40),
-        ) {
-            let base = NETWORKS[0].base.to_bits();
-            let taken: Vec<Subnet> =
-                used.iter().map(|(host, bits)| Subnet::around((base | host).into(), (*bits).max(20))).collect();
-            let Some(chosen) = choose(&NETWORKS, &taken, seed, count) else { return Ok(()) };
-            prop_assert_eq!(chosen.len(), count);
-            for (index, one) in chosen.iter().enumerate() {
-                prop_assert_eq!(one.prefix, 30);
-                prop_assert!(!taken.iter().any(|used| used.overlaps(*one)));
-                prop_assert!(!chosen[..index].iter().any(|other| other.overlaps(*one)));
-            }
-        }
-    }
 
     #[test]
     fn a_cable_has_a_gateway_and_a_daemon() {
-        let link = Link { veth: veth("0a1b2c3d", 9999), subnet: net("10.231.7.4/30"), mtu: 1500 };
+        let link =
+            Link { veth: veth("0a1b2c3d", 9999), subnet: Subnet::parse("10.231.7.4/30").unwrap(), mtu: 1500 };
         assert_eq!(link.host(), Ipv4Addr::new(10, 231, 7, 5));
         assert_eq!(link.inner(), Ipv4Addr::new(10, 231, 7, 6));
         assert!(link.veth.len() <= 15, "IFNAMSIZ");
@@ -423,26 +261,6 @@ mod tests {
     }
 
     #[test]
-    fn the_telling_line_is_the_last_error() {
-        let log = "time=\"t\" level=info msg=\"Starting up\"\n\
-            time=\"t\" level=error msg=\"bad \\\"thing\\\"\" error=\"no such file\"\n\
-            time=\"t\" level=info msg=\"stopping\"\n";
-        assert_eq!(telling_line(log).unwrap(), "bad \"thing\": no such file");
-        let plain = "time=\"t\" level=info msg=\"x\"\nfailed to start daemon: no\n\n";
-        assert_eq!(telling_line(plain).unwrap(), "failed to start daemon: no");
-        assert_eq!(telling_line("time=\"t\" level=info msg=\"only this\"\n").unwrap(), "only this");
-        let ended = format!("{plain}dindpool: dockerd exited with status 1\n");
-        assert_eq!(telling_line(&ended), telling_line(plain), "its own word, not ours");
-        assert_eq!(end_line(&ended).unwrap(), "dockerd exited with status 1");
-        assert_eq!(
-            telling_line("dindpool: dockerd was killed by SIGKILL\n"),
-            end_line("dindpool: dockerd was killed by SIGKILL")
-        );
-        assert_eq!(telling_line("\n"), None);
-        assert_eq!(telling_line("a\u{1b}[31mb").unwrap(), "a[31mb", "no control characters");
-    }
-
-    #[test]
     fn a_longer_grace_is_the_same_daemon_and_another_binary_is_not() {
         let launch = Launch {
             pool: "0a1b2c3d".into(),
@@ -451,7 +269,11 @@ mod tests {
             args: vec!["--debug".into()],
             data: "/d".into(),
             run: "/r".into(),
-            link: Link { veth: "dp0a1b2c3d-0".into(), subnet: net("10.231.0.0/30"), mtu: 1500 },
+            link: Link {
+                veth: "dp0a1b2c3d-0".into(),
+                subnet: Subnet::parse("10.231.0.0/30").unwrap(),
+                mtu: 1500,
+            },
             resolv: None,
             die_with_owner: false,
             stop_grace: Duration::from_secs(20),

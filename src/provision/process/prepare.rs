@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use super::address::{self, Subnet};
 use super::namespace::PRIVATE;
-use super::plan::{self, Features, Launch, Link, Resolver, Subnet};
+use super::plan::{self, Features, Launch, Link, Resolver};
 use super::state::{self, Held, Lock, Registration};
 use super::supervise::{Pool, say};
 use super::{Faults, Options, cleanup, network};
@@ -47,6 +48,14 @@ pub(super) async fn prepare(mut options: Options) -> Result<Pool, Faults> {
 
     create_private(&options.data)?;
     create_private(&options.run_dir)?;
+    // Through no symbolic link, so that one place has one name: /var/run/docker is in /run/docker.
+    for path in [&mut options.data, &mut options.run_dir] {
+        *path = path.canonicalize().map_err(|error| format!("{}: {error}", path.display()))?;
+    }
+    let hidden = check_places(&options);
+    if !hidden.is_empty() {
+        return Err(Faults(hidden));
+    }
     let in_use = |held: Held| match held {
         Held::By(pid) => format!(
             "{} is in use by another dindpool (process {pid}): stop it, or choose another --data",
@@ -68,7 +77,9 @@ pub(super) async fn prepare(mut options: Options) -> Result<Pool, Faults> {
     let owner_lock = Lock::try_take(&run.join(cleanup::OWNER_LOCK)).map_err(in_use)?;
 
     let former: Option<Registration> = state::read(&state::registration_file(&options.run_dir, &id));
-    let registration = register_pool(&options, &id, former.as_ref())?;
+    let machine = cleanup::blocking(|| (network::uplink_mtu(), network::taken())).await;
+    let (mtu, taken) = machine.ok_or_else(|| "cannot look at the machine's networks".to_string())?;
+    let registration = register_pool(&options, &id, former.as_ref(), mtu, taken?)?;
     drop(register_lock);
 
     let mut problems = Vec::new();
@@ -143,9 +154,9 @@ fn register_pool(
     options: &Options,
     pool: &str,
     former: Option<&Registration>,
+    mtu: u32,
+    mut taken: Vec<Subnet>,
 ) -> Result<Registration, String> {
-    let mtu = network::uplink_mtu();
-    let mut taken = network::taken()?;
     for other in state::registrations(&options.run_dir) {
         taken.extend(other.subnets());
     }
@@ -154,11 +165,11 @@ fn register_pool(
     daemons.truncate(options.daemons);
     let networks: Vec<Subnet> = match options.network {
         Some((address, prefix)) => vec![Subnet::around(address, prefix)],
-        None => plan::NETWORKS.to_vec(),
+        None => address::NETWORKS.to_vec(),
     };
     let seed = u32::from_str_radix(pool, 16).unwrap_or(0);
     let missing = options.daemons - daemons.len();
-    let chosen = plan::choose(&networks, &taken, seed, missing).ok_or_else(|| {
+    let chosen = address::choose(&networks, &taken, seed, missing).ok_or_else(|| {
         let tried: Vec<String> = networks.iter().map(ToString::to_string).collect();
         format!(
             "no free network for {missing} daemons in {}: this machine uses them; name another one",
@@ -220,6 +231,15 @@ fn check_options(options: &Options) -> Vec<String> {
             options.run_dir.display()
         ));
     }
+    faults.extend(check_places(options));
+    if !options.self_exe.exists() {
+        faults.push(format!("{}: the dindpool binary is not there", options.self_exe.display()));
+    }
+    faults
+}
+
+fn check_places(options: &Options) -> Vec<String> {
+    let mut faults = Vec::new();
     for (what, path) in [("data", &options.data), ("run", &options.run_dir)] {
         if path.to_str().is_none_or(|text| text.chars().any(char::is_control)) {
             faults.push(format!("{}: the {what} directory's path is not plain text", path.display()));
@@ -230,9 +250,6 @@ fn check_options(options: &Options) -> Vec<String> {
                 path.display()
             ));
         }
-    }
-    if !options.self_exe.exists() {
-        faults.push(format!("{}: the dindpool binary is not there", options.self_exe.display()));
     }
     faults
 }

@@ -15,7 +15,8 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::plan::{Link, Subnet};
+use super::address::Subnet;
+use super::plan::Link;
 
 /// A process, beyond the reuse of its number.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -230,6 +231,30 @@ impl Lock {
     }
 }
 
+/// Who holds a lock: the number in its file; `None` when nobody does.
+pub(super) fn holder(path: &Path) -> Option<String> {
+    let file = File::open(path).ok()?;
+    match Flock::lock(file, FlockArg::LockSharedNonblock) {
+        Err((mut file, nix::errno::Errno::EWOULDBLOCK)) => {
+            let mut pid = String::new();
+            let _ = file.read_to_string(&mut pid);
+            Some(pid.trim().to_string())
+        }
+        Ok(_) | Err(_) => None,
+    }
+}
+
+/// The holder of a lock as a process. The number in the file is believed only when that process has the file
+/// open: the lock may live on in a child of whoever wrote the number, and the number in a stranger.
+pub(super) fn holding_process(path: &Path) -> Option<Process> {
+    use std::os::unix::fs::MetadataExt as _;
+    let process = Process::of(holder(path)?.parse().ok()?)?;
+    let wanted = fs::metadata(path).ok()?;
+    let descriptors = fs::read_dir(format!("/proc/{}/fd", process.pid)).ok()?.flatten();
+    let mut open = descriptors.filter_map(|entry| fs::metadata(entry.path()).ok());
+    open.any(|file| (file.dev(), file.ino()) == (wanted.dev(), wanted.ino())).then_some(process)
+}
+
 impl Drop for Lock {
     fn drop(&mut self) {
         // The file stays: removing it would let two owners lock two files of the same name.
@@ -312,7 +337,14 @@ mod tests {
         let first = Lock::try_take(&path).unwrap_or_else(|held| panic!("{held:?}"));
         let second = Lock::try_take(&path);
         assert!(matches!(second, Err(Held::By(pid)) if pid == std::process::id().to_string()));
+        assert_eq!(holder(&path).unwrap(), std::process::id().to_string());
+        assert_eq!(holding_process(&path).unwrap().pid, std::process::id().cast_signed());
+        // A stranger that has got the number of a dead holder.
+        fs::write(&path, "1\n").unwrap();
+        assert_eq!(holder(&path).unwrap(), "1");
+        assert_eq!(holding_process(&path), None);
         drop(first);
+        assert_eq!(holder(&path), None);
         assert!(Lock::try_take(&path).is_ok());
     }
 

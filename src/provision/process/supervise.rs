@@ -1,25 +1,25 @@
 //! Keeps the daemons running and tells what is going on: one task per daemon, and one that puts their news
 //! together into observations.
 
-use std::fs::{self, File, OpenOptions};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::process::{Child, Command};
+use tokio::process::{Child, ChildStdin, Command};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use super::plan::{self, Launch};
+use super::log::{self, Log};
+use super::plan::Launch;
 use super::state::{self, Lock, Process, Registration, State};
 use super::{EXEC_DAEMON, Faults, cleanup};
 use crate::provision::{DaemonSpec, Endpoint, Observation, Running};
 
-/// A daemon's log is moved aside at a start when it is larger than this.
-const LOG_LIMIT: u64 = 16 << 20;
+/// How often somebody looks after a daemon that runs.
+const HOUSEKEEPING: Duration = Duration::from_secs(60);
 /// A daemon that was up for this long has recovered: its next death is a new one.
 const RECOVERED: Duration = Duration::from_secs(60);
 /// How often a starting daemon is asked whether it is there.
@@ -137,7 +137,12 @@ enum End {
 /// A daemon's keeper.
 enum Keeper {
     /// Our child.
-    Ours(Child),
+    Ours {
+        child: Box<Child>,
+        /// The pipe whose end tells the keeper of temporary data that we are gone. It is not left in the child,
+        /// because waiting for a child closes that.
+        _alive: Option<ChildStdin>,
+    },
     /// A former dindpool's, adopted.
     Adopted(Process),
 }
@@ -145,14 +150,14 @@ enum Keeper {
 impl Keeper {
     async fn dead(&mut self) {
         match self {
-            Keeper::Ours(child) => drop(child.wait().await),
+            Keeper::Ours { child, .. } => drop(child.wait().await),
             Keeper::Adopted(process) => process.dead().await,
         }
     }
 
     /// Ends a child of ours that may be too young to hold its lock; others are found by theirs.
     async fn end(&mut self, grace: Duration) {
-        let Keeper::Ours(child) = self else { return };
+        let Keeper::Ours { child, .. } = self else { return };
         let process = child.id().and_then(|pid| Process::of(pid.cast_signed()));
         for (signal, patience) in
             [(libc::SIGTERM, grace + Duration::from_secs(3)), (libc::SIGKILL, Duration::from_secs(3))]
@@ -235,7 +240,9 @@ impl Supervisor {
     /// One life, from the start to the end.
     async fn live(&self) -> End {
         let born = Instant::now();
-        self.tell(Some(format!("starting dockerd {}", self.version)), None);
+        let starting = format!("starting dockerd {}", self.version);
+        self.say(&starting);
+        self.tell(Some(starting), None);
         if let Err(fault) = self.clean().await {
             return End::Died(fault);
         }
@@ -244,13 +251,16 @@ impl Supervisor {
             Err(error) => return End::Died(format!("cannot write its log: {error}")),
         };
         let mut keeper = match self.spawn(&log) {
-            Ok(child) => Keeper::Ours(child),
+            Ok(mut child) => {
+                let alive = child.stdin.take();
+                Keeper::Ours { child: Box::new(child), _alive: alive }
+            }
             Err(error) => return End::Died(format!("cannot start {}: {error}", self.self_exe.display())),
         };
         let socket = self.launch.socket();
         let reason = tokio::select! {
             () = keeper.dead() => {
-                let why = plan::telling_line(&log.since()).unwrap_or_else(|| "it said nothing".to_string());
+                let why = log::telling_line(&log.since()).unwrap_or_else(|| "it said nothing".to_string());
                 format!("dockerd did not start: {why}")
             }
             () = self.stopping() => {
@@ -265,7 +275,7 @@ impl Supervisor {
                     return self.watch(keeper).await;
                 }
                 Err(_) => {
-                    let why = plan::telling_line(&log.since()).unwrap_or_default();
+                    let why = log::telling_line(&log.since()).unwrap_or_default();
                     format!("dockerd gave no answer within {:?}: {why}", self.ready_deadline)
                 }
             }
@@ -280,6 +290,7 @@ impl Supervisor {
         let file = state::launch_file(&self.launch.run);
         state::write(&file, &self.launch)?;
         Command::new(&self.self_exe)
+            .arg0("dindpool")
             .arg(EXEC_DAEMON)
             .arg(file)
             // Held open by us alone: its end is how the keeper of temporary data learns of ours.
@@ -294,12 +305,29 @@ impl Supervisor {
     async fn watch(&self, mut keeper: Keeper) -> End {
         tokio::select! {
             () = keeper.dead() => {
-                let tail = tail(&self.launch.log());
-                End::Died(plan::end_line(&tail).unwrap_or_else(|| "dockerd ended".to_string()))
+                let tail = log::tail(&self.launch.log());
+                End::Died(log::end_line(&tail).unwrap_or_else(|| "dockerd ended".to_string()))
             }
+            () = self.keep_house() => unreachable!("it has no end"),
             () = self.stopping() => {
                 keeper.end(self.launch.stop_grace).await;
                 End::Stopped
+            }
+        }
+    }
+
+    /// What a daemon that runs for months needs: room for its log, and its rules back when somebody has
+    /// reloaded a firewall, which flushes them and leaves the daemon without a network, looking healthy.
+    async fn keep_house(&self) {
+        loop {
+            tokio::time::sleep(HOUSEKEEPING).await;
+            let (log, link) = (self.launch.log(), self.launch.link.clone());
+            let done = cleanup::blocking(move || {
+                let rotated = log::move_aside(&log).map_err(|error| format!("{}: {error}", log.display()));
+                rotated.and(super::network::ensure_rules(&link))
+            });
+            if let Some(Err(fault)) = done.await {
+                tracing::warn!(daemon = self.launch.id, "{fault}");
             }
         }
     }
@@ -337,44 +365,6 @@ impl Pause {
         };
         *self.last.insert(next)
     }
-}
-
-/// A daemon's log file, and where in it this life begins.
-struct Log {
-    path: PathBuf,
-    file: File,
-    begin: usize,
-}
-
-impl Log {
-    fn open(path: PathBuf) -> std::io::Result<Log> {
-        if fs::metadata(&path).is_ok_and(|meta| meta.len() > LOG_LIMIT) {
-            fs::rename(&path, path.with_extension("log.old"))?;
-        }
-        let file = OpenOptions::new().create(true).append(true).open(&path)?;
-        let begin = usize::try_from(file.metadata()?.len()).unwrap_or(0);
-        Ok(Log { path, file, begin })
-    }
-
-    /// What was written in this life.
-    fn since(&self) -> String {
-        let all = fs::read(&self.path).unwrap_or_default();
-        String::from_utf8_lossy(all.get(self.begin..).unwrap_or_default()).into_owned()
-    }
-}
-
-/// The last few KiB of a file.
-fn tail(path: &Path) -> String {
-    use std::io::{Read as _, Seek as _, SeekFrom};
-    let read = || {
-        let mut file = File::open(path).ok()?;
-        let length = file.metadata().ok()?.len();
-        file.seek(SeekFrom::Start(length.saturating_sub(4096))).ok()?;
-        let mut bytes = Vec::new();
-        file.read_to_end(&mut bytes).ok()?;
-        Some(String::from_utf8_lossy(&bytes).into_owned())
-    };
-    read().unwrap_or_default()
 }
 
 /// Completes when the daemon behind a socket answers.
@@ -421,16 +411,5 @@ mod tests {
         let seconds: Vec<f32> = (0..8).map(|_| pause.after(short).as_secs_f32()).collect();
         assert_eq!(seconds, [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]);
         assert_eq!(pause.after(RECOVERED), Duration::from_millis(500));
-    }
-
-    #[test]
-    fn a_log_tells_of_this_life_only() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("dockerd.log");
-        fs::write(&path, "before\n").unwrap();
-        let log = Log::open(path.clone()).unwrap();
-        fs::write(&path, "before\nnow\n").unwrap();
-        assert_eq!(log.since(), "now\n");
-        assert_eq!(tail(&path), "before\nnow\n");
     }
 }

@@ -37,6 +37,9 @@ const DRAIN_BYTES: usize = 64 * 1024 * 1024;
 pub struct Options {
     /// attach, exec start, `/session`, `/grpc`: the response may end HTTP on this connection.
     pub hijack: bool,
+    /// The client has been sent a chunked 200 already, because it had to wait: the daemon's head is swallowed, and
+    /// a daemon that answers anything else ends the exchange with [`Outcome::Unanswered`].
+    pub answered: bool,
 }
 
 /// What the caller wants to see of an exchange. Every method has an empty default.
@@ -74,6 +77,12 @@ pub enum Outcome {
     /// The connection has been upgraded, and the head that says so has been forwarded: call
     /// [`tunnel`](super::tunnel::tunnel) now. Bytes that came behind it are buffered in the sides.
     Upgraded,
+    /// The client has been answered with a chunked 200 ahead of time, and the daemon's answer is another one:
+    /// its head is still in `daemon` ([`Side::read_response`]). Tell the client within its stream, and drop both.
+    Unanswered {
+        /// The daemon's status.
+        status: u16,
+    },
     /// The client has gone; the daemon's connection has been aborted. Drop both.
     ClientGone,
     /// The client broke the protocol within its body; the daemon's connection has been aborted. If
@@ -134,6 +143,7 @@ pub async fn exchange(
         request,
         observer,
         hijack: options.hijack,
+        answered: options.answered,
         up: Up::Head,
         up_body: Body::new(request.framing),
         sent: 0,
@@ -154,6 +164,10 @@ pub async fn exchange(
     let outcome = match end {
         End::Done => pump.done().await,
         End::Upgraded => Outcome::Upgraded,
+        End::Unanswered(status) => {
+            pump.status = None;
+            Outcome::Unanswered { status }
+        }
         End::ClientGone => {
             pump.daemon.abort();
             Outcome::ClientGone
@@ -228,6 +242,7 @@ enum Down {
 enum End {
     Done,
     Upgraded,
+    Unanswered(u16),
     ClientGone,
     BadRequest(Error),
     DaemonFailed(io::Error),
@@ -237,8 +252,18 @@ enum End {
 enum HeadStep {
     More,
     Interim(usize),
-    Final { status: u16, keep_alive: bool, body: Body, relayed: usize },
-    Upgraded { status: u16, relayed: usize },
+    Final {
+        status: u16,
+        keep_alive: bool,
+        body: Body,
+        relayed: usize,
+    },
+    Upgraded {
+        status: u16,
+        relayed: usize,
+    },
+    /// Not the response that the client has been promised; it is still in the daemon's buffer.
+    Unanswered(u16),
 }
 
 struct Pump<'a, O> {
@@ -247,6 +272,7 @@ struct Pump<'a, O> {
     request: &'a RequestHead,
     observer: &'a mut O,
     hijack: bool,
+    answered: bool,
     up: Up,
     up_body: Body,
     sent: u64,
@@ -419,7 +445,7 @@ impl<O: Observer> Pump<'_, O> {
 
     fn relay_head(&mut self, cx: &mut Context<'_>) -> Result<Poll<()>, End> {
         let Pump { client, daemon, observer, scanner, request, .. } = self;
-        let (hijack, upgrade) = (self.hijack, request.upgrade);
+        let (hijack, upgrade, answered) = (self.hijack, request.upgrade, self.answered);
         let to_head = request.method() == "HEAD";
         let more = daemon.buffered().len() <= scanner.reach();
         let step = daemon.poll_input(cx, more, |cx, bytes| {
@@ -431,6 +457,12 @@ impl<O: Observer> Pump<'_, O> {
                 let ResponseHead { status, keep_alive, framing, .. } = head;
                 if status == 101 && !(hijack || upgrade) {
                     return Err(unexpected_upgrade());
+                }
+                if head.is_interim() && answered {
+                    return Ok((end, HeadStep::Interim(0), Ok(())));
+                }
+                if answered && !(status == 200 && framing == Framing::Chunked) {
+                    return Ok((0, HeadStep::Unanswered(status), Ok(())));
                 }
                 if head.is_interim() {
                     observer.response_head(&head);
@@ -445,7 +477,9 @@ impl<O: Observer> Pump<'_, O> {
                 let mut body = Body::new(framing);
                 observer.response_head(&head);
                 let n = body.feed(&bytes[end..], |payload| observer.response_body(payload))?;
-                let result = client.send(cx, &[IoSlice::new(&bytes[start..end + n])]);
+                // A client that has been answered has a head already.
+                let from = if answered { end } else { start };
+                let result = client.send(cx, &[IoSlice::new(&bytes[from..end + n])]);
                 let step = HeadStep::Final { status, keep_alive, body, relayed: end + n };
                 Ok((end + n, step, result))
             };
@@ -478,6 +512,7 @@ impl<O: Observer> Pump<'_, O> {
                 self.status = Some(status);
                 self.received += relayed as u64;
             }
+            HeadStep::Unanswered(status) => return Err(End::Unanswered(status)),
         }
         match result {
             Err(_) => Err(End::ClientGone),

@@ -61,8 +61,8 @@ impl Over {
     }
 }
 
-const PLAIN: Options = Options { hijack: false };
-const HIJACK: Options = Options { hijack: true };
+const PLAIN: Options = Options { hijack: false, answered: false };
+const HIJACK: Options = Options { hijack: true, answered: false };
 
 /// Reads one head and relays that exchange.
 fn relay(mut client: Side, mut daemon: Side, options: Options, error_line: bool) -> JoinHandle<Over> {

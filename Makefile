@@ -1,0 +1,75 @@
+# dindpool's recipes. `make` alone lists them. CI runs the very same ones.
+#
+# ARGS=…   further arguments: of `dindpool up` (make up), of the side-by-side benches (make bench)
+# ONCE=1   make up: stop after the demonstration
+# CI=true  make test: a skipped test is a failed run, and what is built is kept outside the clone
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/dindpool
+PARTS := $(or $(DINDPOOL_PARTS),$(CACHE)/parts)
+DENY_VERSION := 0.20.2
+DENY := $(CACHE)/tools/bin/cargo-deny
+
+# A CI system makes a new clone for each run: there, what is built outlives the clone.
+ifeq ($(CI),true)
+export CARGO_TARGET_DIR ?= $(CACHE)/target
+export CARGO_INCREMENTAL ?= 0
+endif
+
+.PHONY: help
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: up
+up: ## install what is missing, start a pool here, build and run through it (ARGS=…, ONCE=1)
+	@scripts/up $(ARGS)
+
+.PHONY: test
+test: ## everything: format, lints, docs, licences, unit tests, real daemons and clients (root)
+	@scripts/test
+
+.PHONY: bench
+bench: ## engine and relay benches, and the relay beside other proxies (minutes)
+	nice -n 5 cargo bench
+	@if [ -x benches/run ]; then benches/run $(ARGS); fi
+
+.PHONY: build
+build: ## the release binary
+	cargo build --release --locked
+
+.PHONY: fmt
+fmt: ## format the source
+	cargo fmt --all
+
+.PHONY: fmt-check
+fmt-check: ## fail where the source is not formatted
+	cargo fmt --all --check
+
+.PHONY: lint
+lint: ## clippy on every target, and shellcheck if it is there; a warning is a fault
+	cargo clippy --locked --all-targets -- -D warnings
+	@if command -v shellcheck >/dev/null; then shellcheck scripts/up scripts/test .ci/run tests/parts/install; \
+	else echo "shellcheck is not installed: scripts were not checked (apt-get install shellcheck)"; fi
+
+.PHONY: doc
+doc: ## the library's documentation; a broken link is a fault
+	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --document-private-items
+
+.PHONY: deny
+deny: $(DENY) ## licences, bans and sources of all dependencies (deny.toml)
+	$(DENY) --locked check --hide-inclusion-graph licenses bans sources
+
+# Minutes, once for each user: beside other work, so with the least priority.
+$(DENY):
+	nice -n 15 cargo install --locked --root $(CACHE)/tools cargo-deny@$(DENY_VERSION)
+
+.PHONY: parts
+parts: ## the real daemons and clients that the tests run against
+	tests/parts/install
+
+.PHONY: clean-parts
+clean-parts: ## remove them again
+	@test -d "$(PARTS)/lock" || { echo "no parts in $(PARTS)"; exit 0; }; echo rm -rf "$(PARTS)"; rm -rf "$(PARTS)"

@@ -1,0 +1,620 @@
+//! The admission queue: who gets the next free slot.
+//!
+//! Round robin over tenants, then over a tenant's sessions, first come first served within a session. Within a
+//! tenant's turn, a session that belongs to a daemon comes before one that any daemon would do for, because it
+//! cannot go anywhere else; after [`STREAK`] of those in a row one of the others is served, so that neither
+//! starves.
+//!
+//! Nothing that a session needs in order to finish waits behind itself: only what starts work is queued, and a
+//! session that holds a slot is not queued for its first build nor for containers.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use super::model::*;
+use super::placement::Placement;
+use super::{Engine, Timer};
+
+/// How many bound tickets of a tenant are served in a row while an unbound one waits.
+const STREAK: u32 = 2;
+
+/// A session that waits for a slot.
+#[derive(Debug, Clone)]
+struct Ticket {
+    acquire: Acquire,
+    since: Time,
+}
+
+/// The waiting sessions of one tenant.
+#[derive(Debug, Default)]
+struct Line {
+    /// Sessions, the next to be served in front.
+    ring: VecDeque<SessionKey>,
+    tickets: BTreeMap<SessionKey, VecDeque<RequestId>>,
+    /// Bound tickets served in a row.
+    streak: u32,
+}
+
+/// All that waits.
+#[derive(Debug, Default)]
+pub(super) struct Queue {
+    tickets: BTreeMap<RequestId, Ticket>,
+    lines: BTreeMap<Tenant, Line>,
+    /// Tenants, the next to be served in front.
+    ring: VecDeque<Tenant>,
+    /// `/session` of builds that wait: they wait with them.
+    joins: BTreeMap<RequestId, Acquire>,
+    /// Whether anything has happened that may let somebody in.
+    pub(super) changed: bool,
+}
+
+impl Queue {
+    fn push(&mut self, acquire: Acquire, now: Time) {
+        let (tenant, key, request) = (acquire.tenant.clone(), acquire.key.clone(), acquire.request);
+        self.tickets.insert(request, Ticket { acquire, since: now });
+        if !self.ring.contains(&tenant) {
+            self.ring.push_back(tenant.clone());
+        }
+        let line = self.lines.entry(tenant).or_default();
+        if !line.ring.contains(&key) {
+            line.ring.push_back(key.clone());
+        }
+        line.tickets.entry(key).or_default().push_back(request);
+    }
+
+    /// Takes a ticket out. If it was `served`, its session and its tenant go to the end of their rings.
+    fn remove(&mut self, request: RequestId, served: bool) -> Option<Ticket> {
+        let ticket = self.tickets.remove(&request)?;
+        let (tenant, key) = (&ticket.acquire.tenant, &ticket.acquire.key);
+        let line = self.lines.get_mut(tenant)?;
+        if let Some(tickets) = line.tickets.get_mut(key) {
+            tickets.retain(|r| *r != request);
+            let empty = tickets.is_empty();
+            if empty {
+                line.tickets.remove(key);
+            }
+            if served || empty {
+                line.ring.retain(|k| k != key);
+            }
+            if served && !empty {
+                line.ring.push_back(key.clone());
+            }
+        }
+        let empty = line.tickets.is_empty();
+        if empty {
+            self.lines.remove(tenant);
+        }
+        if served || empty {
+            self.ring.retain(|t| t != tenant);
+        }
+        if served && !empty {
+            self.ring.push_back(tenant.clone());
+        }
+        Some(ticket)
+    }
+
+    /// The first ticket of each of a tenant's sessions, in their order.
+    fn heads(&self, tenant: &Tenant) -> Vec<RequestId> {
+        let Some(line) = self.lines.get(tenant) else { return Vec::new() };
+        line.ring.iter().filter_map(|key| line.tickets.get(key)?.front().copied()).collect()
+    }
+
+    /// All tickets in the order in which they would be served if slots came free one by one anywhere.
+    fn order(&self) -> Vec<RequestId> {
+        let mut tenants: Vec<VecDeque<RequestId>> =
+            self.ring.iter().filter_map(|t| self.lines.get(t)).map(Line::order).collect();
+        let mut order = Vec::with_capacity(self.tickets.len());
+        while tenants.iter().any(|t| !t.is_empty()) {
+            order.extend(tenants.iter_mut().filter_map(VecDeque::pop_front));
+        }
+        order
+    }
+
+    /// Whether a waiting build of `key` is what a `/session` with this uuid belongs to.
+    fn waits_with(&self, key: &SessionKey, uuid: Option<&str>, bound: bool) -> bool {
+        self.tickets.values().any(|t| {
+            let own = t.acquire.key == *key;
+            let same = uuid.is_some()
+                && t.acquire.target.as_ref().filter(|t| t.kind == Kind::BuildSession).map(|t| &*t.reference)
+                    == uuid;
+            same || (own && !bound)
+        })
+    }
+
+    /// Whether a ticket of this session waits.
+    pub(super) fn has_of(&self, key: &SessionKey) -> bool {
+        self.lines.values().any(|line| line.tickets.contains_key(key))
+    }
+
+    fn len_of(&self, tenant: &Tenant) -> usize {
+        self.lines.get(tenant).map_or(0, |l| l.tickets.values().map(VecDeque::len).sum())
+    }
+}
+
+impl Line {
+    fn order(&self) -> VecDeque<RequestId> {
+        let mut sessions: Vec<VecDeque<RequestId>> =
+            self.ring.iter().filter_map(|key| self.tickets.get(key).cloned()).collect();
+        let mut order = VecDeque::new();
+        while sessions.iter().any(|s| !s.is_empty()) {
+            order.extend(sessions.iter_mut().filter_map(VecDeque::pop_front));
+        }
+        order
+    }
+}
+
+impl Engine {
+    /// How many tickets wait, by tenant.
+    pub fn waiting(&self) -> BTreeMap<Tenant, usize> {
+        self.queue.lines.keys().map(|t| (t.clone(), self.queue.len_of(t))).collect()
+    }
+
+    /// The waiting tickets in their order: request, key, tenant, since when.
+    pub fn tickets(&self) -> Vec<(RequestId, &SessionKey, &Tenant, Time)> {
+        let ticket = |request: RequestId| {
+            let t = self.queue.tickets.get(&request)?;
+            Some((request, &t.acquire.key, &t.acquire.tenant, t.since))
+        };
+        self.queue.order().into_iter().filter_map(ticket).collect()
+    }
+
+    /// Where a ticket stands: its position from 1, and how many wait. `None` if it does not wait.
+    pub fn position(&self, request: RequestId) -> Option<(usize, usize)> {
+        let order = self.queue.order();
+        let position = order.iter().position(|r| *r == request)?;
+        Some((position + 1, order.len()))
+    }
+
+    /// Whether nobody can join the queue.
+    pub fn queue_is_full(&self) -> bool {
+        self.config.queue_limit > 0 && self.queue.tickets.len() >= self.config.queue_limit
+    }
+
+    /// Whether a request has to wait, or to be refused, before it may go where it was placed.
+    pub(super) fn must_wait(&self, acquire: &Acquire, placement: &Placement) -> bool {
+        if self.config.queue_limit == 0 {
+            return false; // Without a queue a full pool shares its least loaded daemon.
+        }
+        match placement {
+            Placement::Bind(_) if acquire.class == Class::Join => {
+                let uuid = acquire.target.as_ref().map(|t| t.reference.as_str());
+                let bound = self.sessions.get(&acquire.key).is_some_and(|s| s.lease().is_some());
+                // `/session` may come before its `/build` (CLI 20.10 sends both at once): bound to a full daemon
+                // by it, the build could wait nowhere else.
+                self.queue.waits_with(&acquire.key, uuid, bound) || (!bound && !self.any_room())
+            }
+            Placement::Bind(daemon) => {
+                self.needs_slot(acquire, daemon)
+                    && (!self.has_room(daemon)
+                        || self.tenant_is_full(&acquire.tenant)
+                        // Nobody overtakes those who wait; who of them is next is decided in one place.
+                        || !self.queue.tickets.is_empty())
+            }
+            Placement::Refuse(Refusal::NoDaemon(_)) => {
+                matches!(acquire.class, Class::Work(_)) && self.expects_room()
+            }
+            _ => false,
+        }
+    }
+
+    /// Puts a request into the queue, or refuses it because the queue is full.
+    pub(super) fn enqueue(&mut self, acquire: Acquire, now: Time) {
+        let request = acquire.request;
+        if acquire.class == Class::Join {
+            self.queue.joins.insert(request, acquire);
+            return;
+        }
+        let tenant = acquire.tenant.clone();
+        let of_tenant = self.queue.len_of(&tenant);
+        let refusal = if self.queue_is_full() {
+            let limit = self.config.queue_limit;
+            Some(format!(
+                "the queue is full: {limit} of at most {limit} builds wait already; try again later"
+            ))
+        } else {
+            self.config.tenant_waiting.filter(|limit| of_tenant >= *limit).map(|limit| {
+                format!(
+                    "the queue is full for {tenant}: {of_tenant} of at most {limit} builds wait already; try \
+                     again later"
+                )
+            })
+        };
+        if let Some(message) = refusal {
+            self.effects.push(Effect::Refused { request, refusal: Refusal::QueueFull(message) });
+            return;
+        }
+        let until = acquire.deadline.unwrap_or(Time::MAX).min(now + self.config.max_wait);
+        self.timers.insert((until, Timer::Ticket(request)));
+        let (key, tenant) = (acquire.key.clone(), acquire.tenant.clone());
+        self.queue.push(acquire, now);
+        self.queue.changed = true;
+        self.effects.push(Effect::Queued { request, key, tenant });
+    }
+
+    /// The client of a waiting request has gone.
+    pub(super) fn abandon(&mut self, request: RequestId) {
+        self.queue.joins.remove(&request);
+        if self.queue.remove(request, false).is_some() {
+            self.queue.changed = true;
+        }
+    }
+
+    pub(super) fn ticket_due(&mut self, request: RequestId, now: Time) {
+        let place = self.position(request);
+        let Some(ticket) = self.queue.remove(request, false) else { return };
+        self.queue.changed = true;
+        let waited = now.saturating_sub(ticket.since).as_secs();
+        let (position, of) = place.unwrap_or_default();
+        let message = format!(
+            "no slot came free within {waited} s, the longest wait (position {position} of {of} now); try again \
+             later"
+        );
+        self.effects.push(Effect::Refused { request, refusal: Refusal::QueueFull(message) });
+    }
+
+    /// Lets in who can be let in, after anything that may have made room.
+    pub(super) fn admit_waiting(&mut self, now: Time) {
+        if !std::mem::take(&mut self.queue.changed) {
+            return;
+        }
+        while self.admit_one(now) {}
+        let joins: Vec<RequestId> = self.queue.joins.keys().copied().collect();
+        for request in joins {
+            let Some(acquire) = self.queue.joins.get(&request).cloned() else { continue };
+            let placement = self.place(&acquire);
+            if !self.must_wait(&acquire, &placement) {
+                self.queue.joins.remove(&request);
+                self.grant(acquire, placement, now);
+            }
+        }
+    }
+
+    fn admit_one(&mut self, now: Time) -> bool {
+        let room = self.any_room();
+        for tenant in self.queue.ring.clone() {
+            let mut heads: Vec<(bool, RequestId)> = (self.queue.heads(&tenant).into_iter())
+                .filter_map(|r| Some((self.home_of(&self.queue.tickets.get(&r)?.acquire).is_some(), r)))
+                .collect();
+            let streak = self.queue.lines.get(&tenant).map_or(0, |l| l.streak);
+            // Stable: within bound and unbound the sessions' order stays.
+            heads.sort_by_key(|(bound, _)| *bound == (streak >= STREAK));
+            for (bound, request) in heads {
+                if !bound && !room {
+                    continue;
+                }
+                let Some(ticket) = self.queue.tickets.get(&request) else { continue };
+                let acquire = ticket.acquire.clone();
+                match self.place(&acquire) {
+                    Placement::Bind(daemon)
+                        if self.needs_slot(&acquire, &daemon)
+                            && (!self.has_room(&daemon) || self.tenant_is_full(&tenant)) => {}
+                    Placement::Refuse(Refusal::NoDaemon(_)) => {}
+                    placement => {
+                        let waited = now.saturating_sub(ticket_since(&self.queue, request));
+                        if let Some(line) = self.queue.lines.get_mut(&tenant) {
+                            line.streak = if bound { line.streak + 1 } else { 0 };
+                        }
+                        self.queue.remove(request, true);
+                        self.effects.push(Effect::Admitted { request, tenant, waited });
+                        self.grant(acquire, placement, now);
+                        return true;
+                    }
+                }
+            }
+        }
+        false
+    }
+
+    /// Whether this work takes a slot that its session does not hold yet.
+    fn needs_slot(&self, acquire: &Acquire, daemon: &DaemonId) -> bool {
+        let Class::Work(work) = acquire.class else { return false };
+        let Some(session) = self.sessions.get(&acquire.key) else { return true };
+        let here = session.home.as_ref().is_some_and(|h| h.lease.is_some() && h.daemon == *daemon);
+        if !here || session.slots == 0 {
+            return true;
+        }
+        work == Work::Build && session.builds >= session.slots
+    }
+
+    fn any_room(&self) -> bool {
+        self.daemons.values().any(|d| d.used < d.slots && d.takes_sessions())
+    }
+
+    fn has_room(&self, daemon: &DaemonId) -> bool {
+        self.daemons.get(daemon).is_some_and(|d| d.used < d.slots)
+    }
+
+    fn tenant_is_full(&self, tenant: &Tenant) -> bool {
+        let Some(limit) = self.config.tenant_slots else { return false };
+        let used: u32 = self.sessions.values().filter(|s| s.tenant == *tenant).map(|s| s.slots).sum();
+        used >= limit
+    }
+
+    /// Whether a daemon is on its way: then work waits for it instead of being refused.
+    pub fn expects_room(&self) -> bool {
+        self.daemons.values().any(|d| d.state == State::Starting && d.expected)
+    }
+}
+
+fn ticket_since(queue: &Queue, request: RequestId) -> Time {
+    queue.tickets.get(&request).map_or(Time::ZERO, |t| t.since)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Config;
+    use super::*;
+
+    /// An engine of daemons with one slot each, driven as the shell does.
+    struct Pool {
+        engine: Engine,
+        now: Time,
+        requests: u64,
+        granted: BTreeMap<RequestId, (OpenId, DaemonId)>,
+        refused: BTreeMap<RequestId, Refusal>,
+    }
+
+    impl Pool {
+        fn of(daemons: &[&str], config: Config) -> Self {
+            let mut pool = Pool {
+                engine: Engine::new(config, 7),
+                now: Time::from_secs(1),
+                requests: 0,
+                granted: BTreeMap::new(),
+                refused: BTreeMap::new(),
+            };
+            pool.observe(daemons);
+            for daemon in daemons {
+                pool.answers(daemon);
+            }
+            pool
+        }
+
+        fn observe(&mut self, daemons: &[&str]) {
+            let observed =
+                |id: &&str| Observed { id: (*id).into(), draining: false, pending: None, slots: Some(1) };
+            self.tell(Event::Observed(daemons.iter().map(observed).collect()));
+        }
+
+        fn answers(&mut self, daemon: &str) {
+            let facts = Facts { api_min: (1, 24), api_max: (1, 51), ..Facts::default() };
+            self.tell(Event::Probed { daemon: daemon.into(), probe: Probe::Answered(facts) });
+        }
+
+        fn tell(&mut self, event: Event) {
+            for effect in self.engine.handle(event, self.now) {
+                match effect {
+                    Effect::Granted { request, open, daemon, .. } => {
+                        self.granted.insert(request, (open, daemon));
+                    }
+                    Effect::Refused { request, refusal } => {
+                        self.refused.insert(request, refusal);
+                    }
+                    _ => {}
+                }
+            }
+        }
+
+        fn ask(&mut self, tenant: &str, key: &str, class: Class, uuid: Option<&str>) -> RequestId {
+            self.requests += 1;
+            let request = RequestId(self.requests);
+            let target = uuid.map(|u| ObjectRef { kind: Kind::BuildSession, reference: u.into() });
+            self.tell(Event::Acquire(Acquire {
+                request,
+                key: key.into(),
+                tenant: tenant.into(),
+                source: None,
+                inside: None,
+                shares_names: true,
+                class,
+                target,
+                requirements: Requirements::default(),
+                deadline: None,
+            }));
+            request
+        }
+
+        fn build(&mut self, tenant: &str, key: &str) -> RequestId {
+            self.ask(tenant, key, Class::Work(Work::Build), None)
+        }
+
+        /// The build ends, and the slot comes free after the linger.
+        fn end(&mut self, request: RequestId) {
+            let (open, _) = self.granted[&request].clone();
+            self.tell(Event::Release { open, outcome: Outcome::Done });
+            self.pass(Config::default().linger);
+        }
+
+        fn pass(&mut self, time: Time) {
+            self.now += time;
+            self.tell(Event::Tick);
+        }
+
+        fn waits(&self, request: RequestId) -> bool {
+            !self.granted.contains_key(&request) && !self.refused.contains_key(&request)
+        }
+    }
+
+    fn config() -> Config {
+        Config::default()
+    }
+
+    #[test]
+    fn a_full_pool_lets_wait_and_a_free_slot_lets_in() {
+        let mut pool = Pool::of(&["a", "b"], config());
+        let (x, y, z) = (pool.build("t", "x"), pool.build("t", "y"), pool.build("t", "z"));
+        assert!(!pool.waits(x) && !pool.waits(y) && pool.waits(z));
+        assert_ne!(pool.granted[&x].1, pool.granted[&y].1);
+        assert_eq!(pool.engine.position(z), Some((1, 1)));
+        pool.end(y);
+        assert_eq!(pool.granted[&z].1, pool.granted[&y].1);
+        assert_eq!(pool.engine.position(z), None);
+    }
+
+    #[test]
+    fn tenants_take_turns_and_so_do_their_sessions() {
+        let mut pool = Pool::of(&["a"], config());
+        let first = pool.build("red", "r0");
+        let waiting = [
+            pool.build("red", "r1"),
+            pool.build("red", "r2"),
+            pool.build("red", "r3"),
+            pool.build("blue", "b1"),
+            pool.build("blue", "b2"),
+        ];
+        let places: Vec<_> = waiting.iter().map(|r| pool.engine.position(*r).unwrap().0).collect();
+        assert_eq!(places, [1, 3, 5, 2, 4]);
+        let mut running = first;
+        for place in 1..=5 {
+            let next = waiting[places.iter().position(|p| *p == place).unwrap()];
+            assert!(pool.waits(next), "{place}");
+            pool.end(running);
+            assert!(!pool.waits(next), "{place}");
+            running = next;
+        }
+    }
+
+    #[test]
+    fn nobody_overtakes_those_who_wait() {
+        let mut pool = Pool::of(&["a"], config());
+        let first = pool.build("t", "x");
+        let second = pool.build("t", "y");
+        pool.tell(Event::Release { open: pool.granted[&first].0, outcome: Outcome::Done });
+        let third = pool.build("t", "z");
+        pool.pass(Config::default().linger);
+        assert!(!pool.waits(second) && pool.waits(third));
+    }
+
+    #[test]
+    fn a_session_with_a_slot_waits_for_a_second_build_only() {
+        let mut pool = Pool::of(&["a"], config());
+        let _build = pool.build("t", "x");
+        let other = pool.build("t", "y");
+        let create = pool.ask("t", "x", Class::Work(Work::Container), None);
+        let pull = pool.ask("t", "x", Class::Work(Work::Pull), None);
+        let read = pool.ask("t", "y", Class::Read, None);
+        assert!(pool.waits(other));
+        assert!(!pool.waits(create) && !pool.waits(pull) && !pool.waits(read));
+        let second = pool.build("t", "x");
+        assert!(pool.waits(second));
+    }
+
+    #[test]
+    fn the_session_of_a_build_that_waits_waits_with_it() {
+        let mut pool = Pool::of(&["a"], config());
+        let first = pool.build("t", "x");
+        let build = pool.ask("t", "y", Class::Work(Work::Build), Some("uuid"));
+        let session = pool.ask("t", "y", Class::Join, Some("uuid"));
+        assert!(pool.waits(build) && pool.waits(session));
+        // That of the build that runs does not.
+        let running = pool.ask("t", "x", Class::Join, Some("other"));
+        assert!(!pool.waits(running));
+        pool.end(first);
+        assert!(!pool.waits(build) && !pool.waits(session));
+    }
+
+    #[test]
+    fn a_session_that_comes_before_its_build_does_not_bind_it_to_a_full_daemon() {
+        let mut pool = Pool::of(&["a", "b"], config());
+        let (first, _) = (pool.build("t", "x"), pool.build("t", "y"));
+        let session = pool.ask("t", "z", Class::Join, Some("uuid"));
+        assert!(pool.waits(session));
+        let build = pool.ask("t", "z", Class::Work(Work::Build), Some("uuid"));
+        pool.end(first);
+        assert_eq!(pool.granted[&build].1, pool.granted[&first].1);
+        assert_eq!(pool.granted[&session].1, pool.granted[&first].1);
+    }
+
+    #[test]
+    fn a_ticket_whose_client_leaves_is_gone_and_starts_nothing() {
+        let mut pool = Pool::of(&["a"], config());
+        let first = pool.build("t", "x");
+        let (gone, next) = (pool.build("t", "y"), pool.build("t", "z"));
+        pool.tell(Event::Abandon(gone));
+        assert_eq!(pool.engine.position(next), Some((1, 1)));
+        pool.end(first);
+        assert!(pool.waits(gone) && !pool.waits(next));
+    }
+
+    #[test]
+    fn a_bound_session_comes_before_unbound_ones_and_starves_nobody() {
+        let mut pool = Pool::of(&["a"], config());
+        let first = pool.build("t", "bound");
+        let unbound = pool.build("t", "u");
+        let mut running = first;
+        // `bound` has a lease on the daemon: its further builds belong there.
+        let bound: Vec<_> = (0..4).map(|_| pool.build("t", "bound")).collect();
+        let mut order = Vec::new();
+        for _ in 0..4 {
+            pool.end(running);
+            running =
+                *bound.iter().chain([&unbound]).find(|r| !order.contains(*r) && !pool.waits(**r)).unwrap();
+            order.push(running);
+        }
+        assert_eq!(order[..3], [bound[0], bound[1], unbound]);
+    }
+
+    #[test]
+    fn limits_refuse_with_a_word() {
+        let config = Config { queue_limit: 2, tenant_waiting: Some(1), ..config() };
+        let mut pool = Pool::of(&["a"], config);
+        pool.build("red", "r0");
+        pool.build("red", "r1");
+        let own_limit = pool.build("red", "r2");
+        let Refusal::QueueFull(text) = &pool.refused[&own_limit] else { panic!("no refusal") };
+        assert!(text.contains("full for red: 1 of at most 1"), "{text}");
+        pool.build("blue", "b1");
+        let full = pool.build("green", "g1");
+        let Refusal::QueueFull(text) = &pool.refused[&full] else { panic!("no refusal") };
+        assert!(text.contains("2 of at most 2"), "{text}");
+        assert!(pool.engine.queue_is_full());
+    }
+
+    #[test]
+    fn a_tenant_holds_no_more_slots_than_it_may() {
+        let config = Config { tenant_slots: Some(1), ..config() };
+        let mut pool = Pool::of(&["a", "b"], config);
+        let first = pool.build("red", "r1");
+        let second = pool.build("red", "r2");
+        let other = pool.build("blue", "b1");
+        assert!(pool.waits(second) && !pool.waits(other));
+        pool.end(first);
+        assert!(!pool.waits(second));
+    }
+
+    #[test]
+    fn the_longest_wait_ends_in_a_refusal_with_the_position() {
+        let mut pool = Pool::of(&["a"], config());
+        pool.build("t", "x");
+        let late = pool.build("t", "y");
+        pool.pass(config().max_wait);
+        let Refusal::QueueFull(text) = &pool.refused[&late] else { panic!("no refusal") };
+        assert!(text.contains("position 1 of 1"), "{text}");
+        assert!(pool.engine.tickets().is_empty());
+    }
+
+    #[test]
+    fn work_waits_for_a_daemon_that_starts_but_not_for_ever() {
+        let mut pool = Pool::of(&[], config());
+        pool.observe(&["a"]);
+        let early = pool.build("t", "x");
+        assert!(pool.waits(early));
+        pool.answers("a");
+        assert!(!pool.waits(early));
+        let mut pool = Pool::of(&[], config());
+        pool.observe(&["a"]);
+        pool.pass(config().patience);
+        let late = pool.build("t", "x");
+        assert!(matches!(pool.refused[&late], Refusal::NoDaemon(_)));
+    }
+
+    #[test]
+    fn a_new_daemon_lets_in_who_waits_anywhere_but_not_who_belongs_elsewhere() {
+        let mut pool = Pool::of(&["a"], config());
+        pool.build("t", "bound");
+        let (bound, unbound) = (pool.build("t", "bound"), pool.build("t", "u"));
+        pool.observe(&["a", "b"]);
+        pool.answers("b");
+        assert!(pool.waits(bound));
+        assert_eq!(pool.granted[&unbound].1, "b".into());
+    }
+}

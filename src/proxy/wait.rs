@@ -1,0 +1,154 @@
+//! Waiting for a slot, as each client can bear it (measured; see docs/queueing.md).
+//!
+//! | client | what it sees |
+//! |---|---|
+//! | classic build, load, pull | after 2 s a line in its own output, again when it changes; an empty line each second |
+//! | BuildKit | an empty HTTP/2 SETTINGS frame: without it gRPC gives up after 20 s |
+//! | create and other JSON calls | nothing: their answer has no place for it |
+//!
+//! The empty line each second is not for the user: a client that was killed behind an upload that nobody reads sends
+//! no FIN, but a write to it fails.
+
+use std::io;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::relay::{Peer, Side, h2};
+use crate::engine::model::ApiVersion;
+use crate::error::{Error, Kind};
+use crate::pool::{Lease, Ticket};
+
+/// A build that gets its slot within this time looks as always.
+const QUIET: Duration = Duration::from_secs(2);
+/// Between two signs of life.
+const BEAT: Duration = Duration::from_secs(1);
+/// What is read ahead of a client that waits, to notice its end. Beyond it the kernel is asked.
+const AHEAD: usize = 16 << 10;
+/// How often the kernel is asked: a ticket whose client left is gone within 100 ms.
+const LOOK: Duration = Duration::from_millis(80);
+
+/// How a client can be told that it waits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Manner {
+    /// Not at all.
+    Silent,
+    /// By lines in a JSON stream, behind an early 200 that names this API version.
+    Lines(Option<ApiVersion>),
+    /// By an empty SETTINGS frame.
+    Http2,
+}
+
+/// What a client has been sent while it waited.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Told {
+    /// A chunked 200 and perhaps lines: the daemon's own head is swallowed, a failure goes into the stream.
+    pub answered: bool,
+    /// An empty SETTINGS frame, whose ACK must not reach the daemon.
+    pub settings: bool,
+}
+
+/// Waits for a ticket's lease while it keeps an eye on the client.
+///
+/// # Errors
+/// When the client has left, or the ticket is refused.
+pub async fn wait(
+    client: &mut Side,
+    mut ticket: Ticket,
+    manner: Manner,
+    told: &mut Told,
+) -> Result<Lease, Error> {
+    if let Some(answer) = ticket.now() {
+        return answer;
+    }
+    if manner == Manner::Http2 && !told.settings {
+        told.settings = true;
+        client.write_all(&h2::empty_settings()).await.map_err(gone)?;
+    }
+    let mut next = Instant::now() + QUIET;
+    let mut shown = None;
+    loop {
+        tokio::select! {
+            biased;
+            lease = ticket.granted() => return lease,
+            end = left(client) => return Err(end),
+            () = tokio::time::sleep_until(next), if matches!(manner, Manner::Lines(_)) => {
+                let place = ticket.position();
+                let bytes = beat(manner, told, place, &mut shown);
+                client.write_all(&bytes).await.map_err(gone)?;
+                next = Instant::now() + BEAT;
+            }
+        }
+    }
+}
+
+/// What goes to a client that reads lines, this second.
+fn beat(
+    manner: Manner,
+    told: &mut Told,
+    place: Option<(usize, usize)>,
+    shown: &mut Option<(usize, usize)>,
+) -> Vec<u8> {
+    let mut out = String::new();
+    if let (false, Manner::Lines(api)) = (told.answered, manner) {
+        told.answered = true;
+        out.push_str("HTTP/1.1 200 OK\r\n");
+        if let Some((major, minor)) = api {
+            out.push_str(&format!("Api-Version: {major}.{minor}\r\n"));
+        }
+        out.push_str("Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n");
+    }
+    let line = match place {
+        Some((position, of)) if *shown != Some((position, of)) => {
+            *shown = Some((position, of));
+            let text = format!("Waiting for a free daemon: position {position} of {of}\n");
+            format!("{}\r\n", serde_json::json!({ "stream": text }))
+        }
+        _ => "\r\n".to_string(),
+    };
+    out.push_str(&chunk(&line));
+    out.into_bytes()
+}
+
+/// One chunk of a chunked body.
+pub fn chunk(text: &str) -> String {
+    format!("{:x}\r\n{text}\r\n", text.len())
+}
+
+/// Completes when the client has left. What it sends meanwhile stays for the daemon.
+async fn left(client: &mut Side) -> Error {
+    while client.buffered().len() < AHEAD {
+        match client.fill().await {
+            Ok(0) => return gone(io::ErrorKind::UnexpectedEof.into()),
+            Ok(_) => {}
+            Err(error) => return gone(error),
+        }
+    }
+    while client.peer() == Peer::Open {
+        tokio::time::sleep(LOOK).await;
+    }
+    gone(io::ErrorKind::ConnectionReset.into())
+}
+
+fn gone(_: io::Error) -> Error {
+    Error::new(Kind::ClientGone, "the client left while it waited")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_is_shown_once_and_life_every_second() {
+        let (mut told, mut shown) = (Told::default(), None);
+        let manner = Manner::Lines(Some((1, 45)));
+        let mut next = |place| String::from_utf8(beat(manner, &mut told, place, &mut shown)).unwrap();
+        let first = next(Some((3, 7)));
+        assert!(
+            first.starts_with("HTTP/1.1 200 OK\r\nApi-Version: 1.45\r\nContent-Type: application/json\r\n")
+        );
+        assert!(first.ends_with("Waiting for a free daemon: position 3 of 7\\n\"}\r\n\r\n"));
+        assert_eq!(next(Some((3, 7))), "2\r\n\r\n\r\n");
+        assert!(next(Some((2, 7))).contains("position 2 of 7"));
+    }
+}
