@@ -48,10 +48,11 @@ impl Drain {
     /// over.
     pub fn spawn(&self, connection: impl Future<Output = ()> + Send + 'static) {
         let Drain { stopping, aborted, .. } = self.clone();
+        // Boxed, or the task would have room for it twice: as it is handed over, and where it is pinned.
+        let mut connection = Box::pin(connection);
         self.tasks.spawn(async move {
             let mut wake = pin!(stopping.token.cancelled());
             let mut cut = pin!(aborted.token.cancelled());
-            let mut connection = pin!(connection);
             let mut watching = false;
             poll_fn(|cx| {
                 // Asked once, so that they wake this task, whose waker never changes.

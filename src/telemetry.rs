@@ -48,6 +48,7 @@ pub fn flush() {
     let _ = io::stderr().write_all(&bytes);
 }
 
+#[allow(clippy::disallowed_methods)] // The thread is its own, and no runtime's.
 fn write_on() {
     loop {
         let waiting = lock(&LINES.waiting);

@@ -39,7 +39,9 @@ use self::relay::{
 use self::solve::SolveTap;
 use self::wait::{Manner, Told, chunk, wait};
 use crate::drain::Drain;
-use crate::engine::model::{Class, DaemonId, Kind as ObjectKind, ObjectRef, Outcome, Requirements, Work};
+use crate::engine::model::{
+    Class, DaemonId, Kind as ObjectKind, ObjectRef, Outcome, Requirements, SessionKey, Tenant, Work,
+};
 use crate::error::{Error, Kind};
 use crate::metrics::{Counted, Metrics};
 use crate::pool::{Handle, Lease, Pool, Want};
@@ -93,6 +95,30 @@ impl Drop for Connection {
         if self.streaming {
             self.client.abort();
         }
+    }
+}
+
+/// A request that has its daemon.
+struct Admitted {
+    head: RequestHead,
+    route: Route,
+    who: Who,
+    named: Named,
+    lease: Lease,
+    daemon: Side,
+    told: Told,
+    started: Instant,
+}
+
+/// Whose request it is, for the log. All else that was wanted of the pool is forgotten once it was given.
+struct Who {
+    key: SessionKey,
+    tenant: Tenant,
+}
+
+impl From<Want> for Who {
+    fn from(want: Want) -> Self {
+        Who { key: want.key, tenant: want.tenant }
     }
 }
 
@@ -168,19 +194,29 @@ impl Connection {
 
     /// One HTTP/1 request.
     async fn request(&mut self, head: RequestHead) -> Next {
+        // In boxes of their own: what it took to find a daemon is freed before a stream that lasts for hours,
+        // and a connection between two requests holds neither.
+        match Box::pin(self.admit(head)).await {
+            Ok(admitted) => Box::pin(self.relay(admitted)).await,
+            Err(next) => next,
+        }
+    }
+
+    /// From a request's head to its daemon; or what follows, if its answer does not come from there.
+    async fn admit(&mut self, head: RequestHead) -> Result<Box<Admitted>, Next> {
         let started = Instant::now();
         let prefix = classify::prefix(head.target());
         let (tenant, session) = (prefix.tenant.map(str::to_string), prefix.session.map(str::to_string));
         let prefix_length = prefix.length;
         let head = match without_prefix(head, prefix_length) {
             Ok(head) => head,
-            Err(error) => return self.refuse(&error, false).await,
+            Err(error) => return Err(self.refuse(&error, false).await),
         };
         let route = classify(head.method(), head.path(), head.query());
         let prefix = Prefix { tenant: tenant.as_deref(), session: session.as_deref(), length: prefix_length };
         let head_only = head.method() == "HEAD";
         if let Some(why) = route.refuse {
-            return self.refuse(&Error::new(Kind::NotImplemented, why), head_only).await;
+            return Err(self.refuse(&Error::new(Kind::NotImplemented, why), head_only).await);
         }
         // A body that nobody reads would be taken for the next request.
         let keep_alive = head.keep_alive && has_no_body(&head) && !self.proxy.drain.is_stopping();
@@ -189,66 +225,57 @@ impl Connection {
                 // BuildKit can only be refused here: anywhere later buildx falls back to another driver.
                 let refused = match self.identify(&prefix, head.header(HEADER)).await {
                     Ok(identity) => self.proxy.pool.refuses(&identity.key),
-                    Err(error) => return self.refuse(&error, head_only).await,
+                    Err(error) => return Err(self.refuse(&error, head_only).await),
                 };
                 let answer = local::ping(&self.proxy.pool, head_only, keep_alive, refused);
-                return self.answer(&head, answer).await;
+                return Err(self.answer(&head, answer).await);
             }
             Some(Local::Ping) => {
-                return self.answer(&head, local::ping(&self.proxy.pool, head_only, keep_alive, false)).await;
+                let answer = local::ping(&self.proxy.pool, head_only, keep_alive, false);
+                return Err(self.answer(&head, answer).await);
             }
             Some(Local::Version) => {
                 if !self.first_daemon().await {
-                    return Next::Close;
+                    return Err(Next::Close);
                 }
                 match local::version(&self.proxy.pool, keep_alive) {
-                    Ok(answer) => return self.answer(&head, answer).await,
-                    Err(error) => return self.refuse(&error, head_only).await,
+                    Ok(answer) => return Err(self.answer(&head, answer).await),
+                    Err(error) => return Err(self.refuse(&error, head_only).await),
                 }
             }
             Some(Local::Grpc) | None => {}
         }
         let identity = match self.identify(&prefix, head.header(HEADER)).await {
             Ok(identity) => identity,
-            Err(error) => return self.refuse(&error, head_only).await,
+            Err(error) => return Err(self.refuse(&error, head_only).await),
         };
         if route.local == Some(Local::Grpc) {
             Box::pin(self.grpc(&head, &route, identity)).await;
-            return Next::Close;
+            return Err(Next::Close);
         }
-        let (want, named) = match Box::pin(self.want(&head, &route, identity)).await {
+        let (want, named) = match self.want(&head, &route, identity).await {
             Ok(want) => want,
-            Err(error) => return self.refuse(&error, head_only).await,
+            Err(error) => return Err(self.refuse(&error, head_only).await),
         };
         let mut told = Told::default();
-        let (lease, daemon) = match Box::pin(self.reach(&want, manner(&head, &route), &mut told)).await {
+        let (lease, daemon) = match self.reach(&want, manner(&head, &route), &mut told).await {
             Ok(reached) => reached,
             Err(error) if error.kind == Kind::ClientGone => {
-                self.done(&route, &want, None, started, word(Outcome::ClientGone));
-                return Next::Close;
+                self.done(&route, &want.into(), None, started, word(Outcome::ClientGone));
+                return Err(Next::Close);
             }
             Err(error) => {
-                self.done(&route, &want, None, started, "refused");
-                return self.tell(&error, head_only, told).await;
+                self.done(&route, &want.into(), None, started, "refused");
+                return Err(self.tell(&error, head_only, told).await);
             }
         };
         self.proxy.metrics.added.observe(started.elapsed().as_secs_f64());
-        Box::pin(self.relay(head, route, want, named, lease, daemon, told, started)).await
+        Ok(Box::new(Admitted { head, route, who: want.into(), named, lease, daemon, told, started }))
     }
 
     /// Relays one request and its response, and the tunnel that it may become.
-    #[allow(clippy::too_many_arguments)] // they are the request's whole life; a struct would only rename them
-    async fn relay(
-        &mut self,
-        head: RequestHead,
-        route: Route,
-        want: Want,
-        named: Named,
-        lease: Lease,
-        mut daemon: Side,
-        told: Told,
-        started: Instant,
-    ) -> Next {
+    async fn relay(&mut self, admitted: Box<Admitted>) -> Next {
+        let Admitted { head, route, who, named, lease, mut daemon, told, started } = *admitted;
         let head_only = head.method() == "HEAD";
         let options = Options { hijack: route.hijack, answered: told.answered };
         let open = Counted::new(&self.proxy.metrics.exchanges);
@@ -263,37 +290,37 @@ impl Connection {
                 if keep_daemon {
                     self.kept = Some((lease.daemon().clone(), daemon));
                 }
-                self.done(&route, &want, Some(&lease), started, "done");
+                self.done(&route, &who, Some(&lease), started, "done");
                 lease.finish(Outcome::Done);
                 if keep_client { Next::Request } else { Next::Close }
             }
             relay::Outcome::Upgraded => {
                 let kind = if route.h2 { TunnelKind::H2 } else { TunnelKind::Raw };
                 let outcome = self.tunnel(&mut daemon, kind, None).await;
-                self.done(&route, &want, Some(&lease), started, word(outcome));
+                self.done(&route, &who, Some(&lease), started, word(outcome));
                 lease.finish(outcome);
                 Next::Close
             }
             relay::Outcome::Unanswered { status } => {
                 let error = said(&mut daemon, status).await;
-                self.done(&route, &want, Some(&lease), started, "done");
+                self.done(&route, &who, Some(&lease), started, "done");
                 lease.finish(Outcome::Done);
                 // What a daemon says may hold a URL with a password: it is for the user, not for the log.
                 refuse(&mut self.client, chunk(&error.stream_line()).as_bytes()).await;
                 Next::Close
             }
             relay::Outcome::ClientGone => {
-                self.done(&route, &want, Some(&lease), started, word(Outcome::ClientGone));
+                self.done(&route, &who, Some(&lease), started, word(Outcome::ClientGone));
                 lease.finish(Outcome::ClientGone);
                 Next::Close
             }
             relay::Outcome::BadRequest { error, answerable } => {
-                self.done(&route, &want, Some(&lease), started, "bad-request");
+                self.done(&route, &who, Some(&lease), started, "bad-request");
                 lease.finish(Outcome::Aborted);
                 if answerable { self.tell(&error, head_only, told).await } else { Next::Close }
             }
             relay::Outcome::DaemonFailed(failure) => {
-                self.done(&route, &want, Some(&lease), started, word(Outcome::DaemonFailed));
+                self.done(&route, &who, Some(&lease), started, word(Outcome::DaemonFailed));
                 let error = Error::new(
                     Kind::DaemonUnreachable,
                     format!("lost the connection to daemon {}: {}", lease.daemon().id, failure.error),
@@ -353,7 +380,7 @@ impl Connection {
         let (lease, mut daemon) = match reached {
             Ok(reached) => reached,
             Err(error) if error.kind == Kind::ClientGone => {
-                self.done(route, &want, None, started, word(Outcome::ClientGone));
+                self.done(route, &want.into(), None, started, word(Outcome::ClientGone));
                 return;
             }
             Err(error) => {
@@ -361,15 +388,16 @@ impl Connection {
                 refuse(&mut self.client, &h2::goaway(&error.message, told.settings)).await;
                 self.proxy.metrics.errors.with_label_values(&[error.fault().as_str()]).inc();
                 tracing::warn!(session = %want.key, "{}", error.for_log());
-                self.done(route, &want, None, started, "refused");
+                self.done(route, &want.into(), None, started, "refused");
                 return;
             }
         };
+        let who = Who::from(want);
         if let Some(head) = head
             && let Err(error) = upgrade(&mut daemon, head).await
         {
             tracing::warn!(daemon = %lease.daemon().id, "/grpc: {error}");
-            self.done(route, &want, Some(&lease), started, word(Outcome::DaemonFailed));
+            self.done(route, &who, Some(&lease), started, word(Outcome::DaemonFailed));
             lease.finish(Outcome::DaemonFailed);
             return;
         }
@@ -378,7 +406,7 @@ impl Connection {
             let mut tap = SolveTap::new(&lease, told.settings);
             self.tunnel(&mut daemon, TunnelKind::H2, Some(&mut tap)).await
         };
-        self.done(route, &want, Some(&lease), started, word(outcome));
+        self.done(route, &who, Some(&lease), started, word(outcome));
         lease.finish(outcome);
     }
 
@@ -565,20 +593,13 @@ impl Connection {
     }
 
     /// One log line and one count for each request that is over.
-    fn done(
-        &self,
-        route: &Route,
-        want: &Want,
-        lease: Option<&Lease>,
-        started: Instant,
-        outcome: &'static str,
-    ) {
+    fn done(&self, route: &Route, who: &Who, lease: Option<&Lease>, started: Instant, outcome: &'static str) {
         self.proxy.metrics.requests.with_label_values(&[class_word(route.class), outcome]).inc();
         tracing::info!(
             request = self.proxy.pool.next_log_id(),
             route = route.label,
-            session = %want.key,
-            tenant = %want.tenant,
+            session = %who.key,
+            tenant = %who.tenant,
             daemon = lease.map(|l| l.daemon().id.as_str()),
             ms = started.elapsed().as_millis() as u64,
             outcome,
@@ -828,5 +849,22 @@ mod tests {
         assert_eq!(uuid("u1").as_deref(), Some("u1"));
         assert_eq!(uuid(""), None);
         assert_eq!(uuid("a b"), None);
+    }
+
+    /// The size of what an async function leaves on the heap while it waits.
+    fn size<'a, A, F>(_: fn(&'a mut Connection, A) -> F) -> usize {
+        size_of::<F>()
+    }
+
+    fn size_of_serve<F>(_: fn(Arc<Proxy>, Arc<ListenerIdentity>, Stream, Origin) -> F) -> usize {
+        size_of::<F>()
+    }
+
+    /// Thousands of streams are silent for hours (events, logs, wait): each holds these two.
+    #[test]
+    fn an_idle_stream_is_small() {
+        let (serve, relay) = (size_of_serve(serve), size(Connection::relay));
+        println!("serve {serve}, relay {relay}");
+        assert!(serve <= 1200 && relay <= 1200, "serve {serve}, relay {relay}");
     }
 }
