@@ -774,12 +774,12 @@ fn work_waits_for_a_daemon_that_starts() {
     assert!(builds.iter().all(|b| pool.daemons()[0].has_image(&b.image)));
 }
 
+/// Not of CLI 20.10: its `/build/cancel` waits with the build that it is to cancel, and its third Ctrl-C ends it.
 #[test]
-#[ignore = "known faults: buildx ends its traces on the connection that waits; /build/cancel waits with its build"]
-fn ctrl_c_ends_a_buildkit_build_that_waits() {
+fn ctrl_c_ends_a_buildx_build_that_waits() {
     let lab = &require!(Lab::start());
     let mut all = Scenarios::new("queue");
-    for flavour in BUILDKIT {
+    for flavour in BUILDKIT.into_iter().filter(|f| f.name.starts_with("buildx")) {
         let name = flavour.name;
         all.alone(format!("{name}: Ctrl-C ends a build that waits at once"), move || {
             interrupted(lab, &format!("build, {name}"), flavour, "docker build --network none ctx");

@@ -15,8 +15,23 @@ const SOLVE: [u8; 23] = [
     0x62, 0x93, 0xc7, 0xe9, 0x78, 0xed, 0x35, 0x12, 0x75, 0x32, 0x57, 0xee, 0x15, 0xef, 0x1e, 0xa4, 0xd8,
     0x7a, 0x18, 0xdc, 0x7a, 0x3b, 0x97,
 ];
+/// The beginning of every path of BuildKit's own, in whole bytes of the same code.
+const BUILDKIT: [u8; 13] = [0x62, 0x93, 0xc7, 0xe9, 0x78, 0xed, 0x35, 0x12, 0x75, 0x32, 0x57, 0xee, 0x15];
+/// `/opentelemetry.proto.collector.trace.v1.TraceService/Export`
+const TRACES: [u8; 42] = [
+    0x60, 0xf5, 0x96, 0xa4, 0x96, 0x82, 0xd2, 0x54, 0xd9, 0xe9, 0x7a, 0xec, 0x3a, 0x4e, 0xb9, 0x0f, 0x45,
+    0x05, 0x22, 0x4f, 0x62, 0xe9, 0xb0, 0x64, 0x2a, 0xfd, 0xc2, 0xbe, 0xfb, 0x06, 0x42, 0xee, 0x2d, 0x9d,
+    0xcc, 0x42, 0xb1, 0x83, 0xcd, 0x67, 0xb1, 0x3f,
+];
 /// Solve comes within the first few kilobytes; a connection that has sent this much is watched no longer.
 const ENOUGH: usize = 1 << 20;
+
+/// Whether all that a client wants of its HTTP/2 connection is to send traces. buildx 0.29 comes back for that
+/// after Ctrl-C; to make it wait for a slot would keep its user waiting.
+pub fn only_traces(sent: &[u8]) -> bool {
+    let has = |needle: &[u8]| sent.windows(needle.len()).any(|w| w == needle);
+    has(&TRACES) && !has(&BUILDKIT)
+}
 
 /// Looks for the call of Solve.
 pub struct SolveTap<'a> {
@@ -97,6 +112,14 @@ mod tests {
         }
         let mut tail = Vec::new();
         assert!(!stream[..30].chunks(1).any(|p| contains(&mut tail, p, &SOLVE)));
+    }
+
+    #[test]
+    fn a_connection_for_traces_is_told_from_one_that_builds() {
+        assert!(SOLVE.starts_with(&BUILDKIT));
+        assert!(only_traces(&[b"..", &TRACES[..]].concat()));
+        assert!(!only_traces(&[&SOLVE[..], &TRACES[..]].concat()));
+        assert!(!only_traces(&SOLVE));
     }
 
     #[test]

@@ -15,6 +15,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::relay::{Peer, Side, h2};
+use super::solve::only_traces;
 use crate::engine::model::ApiVersion;
 use crate::error::{Error, Kind};
 use crate::pool::{Lease, Ticket};
@@ -118,8 +119,9 @@ pub fn chunk(text: &str) -> String {
 /// Completes when the client has left, or its user has given up. What it sends meanwhile stays for the daemon.
 async fn left(client: &mut Side, manner: Manner) -> Error {
     while client.buffered().len() < AHEAD {
-        // At Ctrl-C buildx resets its call and keeps the connection, to send a trace that nobody takes.
-        if manner == Manner::Http2 && h2::has_reset(client.buffered()) {
+        // At Ctrl-C buildx resets its call and keeps the connection, or opens another, to send its traces.
+        let sent = client.buffered();
+        if manner == Manner::Http2 && (h2::has_reset(sent) || only_traces(sent)) {
             return gone(io::ErrorKind::ConnectionReset.into());
         }
         match client.fill().await {
