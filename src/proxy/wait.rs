@@ -15,7 +15,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::relay::{Peer, Side, h2};
-use super::solve::only_traces;
+use super::solve::is_traces;
 use crate::engine::model::ApiVersion;
 use crate::error::{Error, Kind};
 use crate::pool::{Lease, Ticket};
@@ -119,9 +119,7 @@ pub fn chunk(text: &str) -> String {
 /// Completes when the client has left, or its user has given up. What it sends meanwhile stays for the daemon.
 async fn left(client: &mut Side, manner: Manner) -> Error {
     while client.buffered().len() < AHEAD {
-        // At Ctrl-C buildx resets its call and keeps the connection, or opens another, to send its traces.
-        let sent = client.buffered();
-        if manner == Manner::Http2 && (h2::has_reset(sent) || only_traces(sent)) {
+        if manner == Manner::Http2 && h2::has_given_up(client.buffered(), is_traces) {
             return gone(io::ErrorKind::ConnectionReset.into());
         }
         match client.fill().await {
