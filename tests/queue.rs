@@ -787,3 +787,19 @@ fn ctrl_c_ends_a_buildx_build_that_waits() {
     }
     all.run(1);
 }
+
+/// 35 s after its start each buildx resets one of its calls, and waits on for another.
+#[test]
+fn buildx_waits_on_after_it_has_reset_a_call() {
+    let lab = &require!(Lab::start());
+    let full = lab.full();
+    let host = full.pool.host();
+    let builds = BUILDKIT.map(|f| Waiting::start(&host, f, APP, ""));
+    wait_tickets(&full.pool, builds.len());
+    let all_wait = || builds.iter().all(|b| b.job.output().is_none());
+    holds_for("all of them wait", secs(42), all_wait);
+    full.holder.release();
+    for build in &builds {
+        build.job.wait_ok(secs(120));
+    }
+}
