@@ -100,7 +100,7 @@ fn command_scenarios<'a>(all: &mut Scenarios<'a>, lab: &'a Lab, flavour: Flavour
 
 /// Oldest and newest clients, for the versions at the edges.
 fn oldest_and_newest(title: &str, lab: &Lab) {
-    let mut all = Scenarios::new(title);
+    let mut all = Scenarios::new(title).second_tries(2);
     isolation::add(&mut all, lab);
     for flavour in [client::BUILDX_38, client::CLI_20, client::CLI_20_BUILDKIT] {
         build_scenarios(&mut all, lab, flavour);
@@ -116,7 +116,7 @@ fn oldest_and_newest(title: &str, lab: &Lab) {
 #[test]
 fn every_client_works_on_three_daemons_of_28_5() {
     let lab = require!(Lab::start(&["28.5"]));
-    let mut all = Scenarios::new("28.5");
+    let mut all = Scenarios::new("28.5").second_tries(2);
     isolation::add(&mut all, &lab);
     sessions::add(&mut all, &lab);
     // First, because it takes its two minutes beside the others.
