@@ -305,7 +305,7 @@ impl Owner {
     /// Returns at once.
     pub fn begin(data: &Path, daemons: usize, remove_data: bool) -> Owner {
         let child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "owner", "--ignored", "--nocapture"])
+            .args(["--exact", "owner", "--nocapture"])
             .env("OWNER", format!("{daemons} {remove_data} {}", data.display()))
             .stdout(Stdio::piped())
             .spawn();
@@ -400,7 +400,7 @@ pub fn on_another_machine(name: &str) {
         ])
         .args(["sh", "-c", script])
         .arg(std::env::current_exe().unwrap())
-        .args(["--exact", name, "--ignored", "--nocapture"])
+        .args(["--exact", name, "--nocapture"])
         .env("ON_ANOTHER_MACHINE", "1")
         .output()
         .unwrap();

@@ -274,8 +274,8 @@ fn it_works_beside_a_docker_of_the_machines_own() {
     on_another_machine("beside_a_docker_of_the_machines_own");
 }
 
+/// Runs on the machine that `it_works_beside_a_docker_of_the_machines_own` makes, and nowhere else.
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "runs on the machine that it_works_beside_a_docker_of_the_machines_own makes"]
 async fn beside_a_docker_of_the_machines_own() {
     if std::env::var_os("ON_ANOTHER_MACHINE").is_none() {
         return;
@@ -322,8 +322,8 @@ async fn beside_a_docker_of_the_machines_own() {
     drop(dockerd);
 }
 
+/// The process that other tests start and kill; by itself it does nothing.
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "the process that other tests kill"]
 async fn owner() {
     Owner::main().await;
 }
