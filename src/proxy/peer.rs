@@ -22,8 +22,10 @@ use super::identify::{Source, sanitise};
 
 /// How many processes are tried before all of /proc is searched: a buildx build opens eleven connections.
 const RECENT: usize = 32;
-/// How many of them are tried on a thread of the runtime: some 20 µs each.
+/// How many of them are tried on a thread of the runtime, and how many descriptors of each: one system call for
+/// each descriptor, and a test runner or a proxy may have thousands.
 const AT_ONCE: usize = 2;
+const FEW: usize = 64;
 /// How many session leaders' start times are remembered after they may have exited.
 const LEADERS: usize = 4096;
 
@@ -75,7 +77,7 @@ impl Peers {
         let Ok(Some((inode, uid))) = self.owner(client, server) else { return unknown };
         // The process that connected a moment ago, again: faster than handing it to another thread. All of
         // /proc takes milliseconds on a machine with many processes, so that is done off the runtime.
-        let process = match self.recent_holder(inode, AT_ONCE) {
+        let process = match self.recent_holder(inode, AT_ONCE, FEW) {
             Some(pid) => self.process(pid),
             None => {
                 tokio::task::spawn_blocking(move || self.process(self.holder(inode)?)).await.ok().flatten()
@@ -99,24 +101,27 @@ impl Peers {
     }
 
     /// The process that has a socket open, if it is one of the last few.
-    fn recent_holder(&self, inode: u32, of: usize) -> Option<u32> {
+    fn recent_holder(&self, inode: u32, processes: usize, descriptors: usize) -> Option<u32> {
         let link = format!("socket:[{inode}]");
-        let recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
-        let recent: Vec<u32> = recent.iter().take(of).copied().collect();
-        recent.into_iter().find(|pid| holds(*pid, &link))
+        // Copied: the lock is not held while /proc is read.
+        let recent: Vec<u32> = {
+            let recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+            recent.iter().take(processes).copied().collect()
+        };
+        recent.into_iter().find(|pid| holds(*pid, &link, descriptors))
     }
 
     /// The process that has a socket open.
     fn holder(&self, inode: u32) -> Option<u32> {
         let link = format!("socket:[{inode}]");
-        let found = self.recent_holder(inode, RECENT).or_else(|| {
+        let found = self.recent_holder(inode, RECENT, usize::MAX).or_else(|| {
             let mut pids: Vec<u32> = fs::read_dir("/proc")
                 .ok()?
                 .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
                 .collect();
             // A client has most likely started a moment ago.
             pids.sort_unstable_by(|a, b| b.cmp(a));
-            pids.into_iter().find(|pid| holds(*pid, &link))
+            pids.into_iter().find(|pid| holds(*pid, &link, usize::MAX))
         })?;
         let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
         recent.retain(|pid| *pid != found);
@@ -156,9 +161,13 @@ impl Peers {
     }
 }
 
-fn holds(pid: u32, link: &str) -> bool {
+/// Whether one of the first `descriptors` of a process is this socket.
+fn holds(pid: u32, link: &str, descriptors: usize) -> bool {
     let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
-    entries.filter_map(Result::ok).any(|e| fs::read_link(e.path()).is_ok_and(|l| l.as_os_str() == link))
+    entries
+        .filter_map(Result::ok)
+        .take(descriptors)
+        .any(|e| fs::read_link(e.path()).is_ok_and(|l| l.as_os_str() == link))
 }
 
 /// A non-empty variable of an environment block.
@@ -260,12 +269,12 @@ mod tests {
         let peers = Arc::new(Peers::new(&[]));
         let (client, server) = (client_side.local_addr().unwrap(), server_side.local_addr().unwrap());
         let (inode, _) = peers.owner(client, server).unwrap().unwrap();
-        assert_eq!(peers.recent_holder(inode, AT_ONCE), None);
+        assert_eq!(peers.recent_holder(inode, AT_ONCE, usize::MAX), None);
         // A child of another test has it, too, between its fork and its exec.
         while peers.holder(inode) != Some(std::process::id()) {
             std::thread::yield_now();
         }
-        assert_eq!(peers.recent_holder(inode, AT_ONCE), Some(std::process::id()));
+        assert_eq!(peers.recent_holder(inode, AT_ONCE, usize::MAX), Some(std::process::id()));
         let source = peers.clone().loopback(client, server).await;
         let (session, started) =
             stat(std::process::id()).map(|(s, _)| (s, stat(s).map_or(0, |x| x.1))).unwrap();
