@@ -1,15 +1,11 @@
 //! What a user sees when something breaks: Ctrl-C, a daemon that dies in mid-build, a pool that is down.
-#![allow(clippy::unwrap_used, reason = "a test that panics has failed, and says where")]
-
-mod common;
-
 use std::time::Instant;
 
-use common::client::{self, Flavour, Session};
-use common::daemon::{Daemon, processes};
-use common::pool::Pool;
-use common::scenarios::Scenarios;
-use common::{parts, say, secs, unique, wait_until};
+use crate::common::client::{self, Flavour, Session};
+use crate::common::daemon::{Daemon, processes};
+use crate::common::pool::Pool;
+use crate::common::scenarios::Scenarios;
+use crate::common::{parts, say, secs, unique, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -130,7 +126,7 @@ fn works(pool: &Pool, flavour: Flavour) {
 
 #[test]
 fn failures_of_daemons_and_clients_stay_where_they_are() {
-    let pool = &require!(start(3));
+    let pool = &crate::require!(start(3));
     let mut all = Scenarios::new("28.5");
     for flavour in BUILDERS {
         all.add(
@@ -228,7 +224,9 @@ fn terminated(pool: &Pool) {
     let counter = Counter::start(&front.host());
     let addr = front.tcp.clone();
     let stopping = std::thread::spawn(move || front.stop());
-    wait_until("it takes no new connections", secs(5), || common::http::Conn::try_connect(&addr).is_err());
+    wait_until("it takes no new connections", secs(5), || {
+        crate::common::http::Conn::try_connect(&addr).is_err()
+    });
     counter.counts();
     // Through the other proxy in front of the same daemons, since this one is closing.
     let other = Session::new(&pool.host(), client::CLI_28);
@@ -240,22 +238,23 @@ fn terminated(pool: &Pool) {
 
 #[test]
 fn when_everything_is_down_every_client_is_told_so() {
-    require!(parts::all(&[
+    crate::require!(parts::all(&[
         "busybox/rootfs.tar",
         "cli-28/docker",
         "cli-20.10/docker",
         "buildx-0.29/docker-buildx"
     ]));
-    let fakes = [common::fake_daemon::FakeDaemon::idle(), common::fake_daemon::FakeDaemon::idle()];
+    let fakes =
+        [crate::common::fake_daemon::FakeDaemon::idle(), crate::common::fake_daemon::FakeDaemon::idle()];
     let pool = Pool::serve(fakes.iter().map(|f| &f.addr)).start();
     pool.wait_healthy(2, secs(20));
     assert_eq!(pool.admin("/readyz").head.status(), 200);
-    fakes.iter().for_each(common::fake_daemon::FakeDaemon::die);
+    fakes.iter().for_each(crate::common::fake_daemon::FakeDaemon::die);
     wait_until("both are given up", secs(30), || pool.healthy() == 0);
     assert_eq!(pool.admin("/readyz").head.status(), 503);
     assert_eq!(pool.admin("/livez").head.status(), 200, "the proxy itself lives");
 
-    let answer = common::http::get(&pool.tcp, "/v1.44/containers/json");
+    let answer = crate::common::http::get(&pool.tcp, "/v1.44/containers/json");
     assert_eq!(answer.head.status(), 503);
     assert_eq!(answer.head.get("content-type"), Some("application/json"));
     assert!(answer.head.get("retry-after").is_some());
