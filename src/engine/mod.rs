@@ -42,6 +42,9 @@ pub struct Config {
     pub unstarted: Time,
     /// How long the former daemon of a session is preferred.
     pub memory: Time,
+    /// How many sessions are known before those that are only remembered are forgotten, the oldest first. One
+    /// takes about 1 KiB.
+    pub remembered: usize,
     /// How long an unpushed image holds the session that made it to its daemon after its last request.
     pub image_hold: Time,
     /// How many tickets may wait. With 0 there is no queue: a full pool shares its least loaded daemon.
@@ -69,6 +72,7 @@ impl Default for Config {
             linger: Time::from_secs(10),
             unstarted: Time::from_secs(60),
             memory: Time::from_secs(4 * 3600),
+            remembered: 100_000,
             image_hold: Time::from_secs(12 * 3600),
             queue_limit: 1000,
             tenant_waiting: None,
@@ -307,8 +311,30 @@ impl Engine {
         self.effects.push(Effect::Granted { request, open, daemon, lease, fresh });
     }
 
+    /// Forgets the older half of the sessions that are only remembered, when there are too many: keys are the
+    /// clients' to choose (`/s/<key>`), and must not fill the memory.
+    fn bound_memory(&mut self) {
+        if self.sessions.len() < self.config.remembered {
+            return;
+        }
+        let mut remembered: Vec<(Time, SessionKey)> = (self.sessions.iter())
+            .filter(|(_, s)| s.lease().is_none() && s.owned.is_empty() && s.foreign.is_empty())
+            .filter_map(|(key, s)| Some((s.idle?, key.clone())))
+            .collect();
+        remembered.sort_unstable();
+        remembered.truncate(remembered.len().div_ceil(2));
+        for (_, key) in remembered {
+            if let Some(at) = self.sessions.remove(&key).and_then(|s| s.timer) {
+                self.timers.remove(&(at, Timer::Session(key)));
+            }
+        }
+    }
+
     /// Gives the session a lease on `daemon`, if it has none there.
     fn bind(&mut self, key: &SessionKey, tenant: &Tenant, daemon: &DaemonId, now: Time) {
+        if !self.sessions.contains_key(key) {
+            self.bound_memory();
+        }
         let session = self.sessions.entry(key.clone()).or_insert_with(|| Session::new(tenant.clone(), now));
         if session.home.as_ref().is_some_and(|h| h.daemon == *daemon && h.lease.is_some()) {
             return;
@@ -520,6 +546,7 @@ impl Engine {
                     if let Some(d) = self.daemons.get_mut(&daemon) {
                         d.expected = false;
                     }
+                    self.refuse_if_nobody_comes();
                 }
             }
         }

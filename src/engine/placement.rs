@@ -230,7 +230,7 @@ impl Engine {
     }
 
     /// The sentence that says what was tried.
-    fn why_nobody(&self, api: Option<ApiVersion>) -> Refusal {
+    pub(super) fn why_nobody(&self, api: Option<ApiVersion>) -> Refusal {
         if let Some((major, minor)) = api
             && self.daemons.values().any(Daemon::takes_sessions)
             && let Some((min, max)) = self.range

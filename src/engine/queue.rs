@@ -200,7 +200,8 @@ impl Engine {
         let request = acquire.request;
         let until = acquire.deadline.unwrap_or(Time::MAX).min(now + self.config.max_wait);
         if acquire.class == Class::Join {
-            if self.queue_is_full() && !self.waits_with_build(&acquire) {
+            let too_many = self.queue.joins.len() >= self.config.queue_limit;
+            if too_many || (self.queue_is_full() && !self.waits_with_build(&acquire)) {
                 // Its build is refused, or has been: a client that is left with this alone never ends.
                 let refusal = Refusal::QueueFull(self.full_message());
                 self.effects.push(Effect::Refused { request, refusal });
@@ -295,6 +296,25 @@ impl Engine {
         let refusal = Refusal::QueueFull(message);
         self.effects.push(Effect::Refused { request, refusal: refusal.clone() });
         self.refuse_joins(&ticket.acquire, &refusal);
+    }
+
+    /// The patience with a daemon that starts is over. If no other is there or on its way, those who wait hear
+    /// why, as newcomers do. A pool that was there and is ejected may recover: that is waited for.
+    pub(super) fn refuse_if_nobody_comes(&mut self) {
+        let was_there = self.daemons.values().any(|d| d.state == State::Ready);
+        if was_there || self.expects_room() {
+            return;
+        }
+        let refusal = self.why_nobody(None);
+        let joins: Vec<RequestId> = self.queue.joins.keys().copied().collect();
+        for request in self.queue.order() {
+            self.queue.remove(request, false);
+            self.effects.push(Effect::Refused { request, refusal: refusal.clone() });
+        }
+        for request in joins {
+            self.queue.joins.remove(&request);
+            self.effects.push(Effect::Refused { request, refusal: refusal.clone() });
+        }
     }
 
     /// Lets in who can be let in, after anything that may have made room.
@@ -677,7 +697,11 @@ mod tests {
         assert!(!pool.waits(early));
         let mut pool = Pool::of(&[], config());
         pool.observe(&["a"]);
+        let (waiting, session) = (pool.build("t", "w"), pool.ask("t", "w", Class::Join, Some("1")));
+        assert!(pool.waits(waiting) && pool.waits(session));
         pool.pass(config().patience);
+        assert!(matches!(&pool.refused[&waiting], Refusal::NoDaemon(why) if why.contains("a starting")));
+        assert_eq!(pool.refused[&session], pool.refused[&waiting]);
         let late = pool.build("t", "x");
         assert!(matches!(pool.refused[&late], Refusal::NoDaemon(_)));
     }

@@ -1179,3 +1179,22 @@ fn what_a_terminal_adds_to_a_project_goes_where_the_project_is() {
     pool.learn(&up, None, Fact::Removed { kind: Kind::Container, id: "aa11".into() });
     assert_eq!(pool.call(create("two", "busybox").beside(Kind::Project, "app")), other);
 }
+
+#[test]
+fn of_too_many_sessions_those_that_are_only_remembered_are_forgotten_the_oldest_first() {
+    let mut pool = Pool::of(1);
+    pool.engine.config.remembered = 8;
+    let grace = pool.engine.config.grace;
+    let kept = pool.ask(build("kept")).unwrap();
+    for i in 0..100 {
+        let grant = pool.ask(build(&format!("name:{i}"))).unwrap();
+        pool.tell(Event::Release { open: grant.open, outcome: Outcome::Done });
+        pool.now += grace;
+        pool.tell(Event::Tick);
+    }
+    let known: Vec<String> = pool.engine.sessions().map(|(key, _)| key.to_string()).collect();
+    assert!(known.len() <= 8, "{known:?}");
+    assert!(known.contains(&"kept".to_string()) && known.contains(&"name:99".to_string()), "{known:?}");
+    assert!(pool.engine.timers.len() <= 9, "timers of sessions that are forgotten");
+    pool.tell(Event::Release { open: kept.open, outcome: Outcome::Done });
+}
