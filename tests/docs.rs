@@ -265,3 +265,32 @@ fn every_link_between_documents_leads_somewhere() {
         }
     }
 }
+
+/// The names of tests in a document: `path.rs::function`.
+fn named_tests(document: &str) -> Vec<(&str, &str)> {
+    let spans = document.split('`').skip(1).step_by(2);
+    spans.filter_map(|s| s.split_once("::")).filter(|(path, _)| path.ends_with(".rs")).collect()
+}
+
+#[test]
+fn the_failure_matrix_is_whole_and_names_tests_that_exist() {
+    let document = read("docs/reliability.md");
+    let numbers: Vec<usize> =
+        document.lines().filter_map(|l| l.strip_prefix("| ")?.split(' ').next()?.parse().ok()).collect();
+    assert_eq!(numbers, (1..=47).collect::<Vec<_>>(), "rows of docs/reliability.md");
+    let named = named_tests(&document);
+    assert!(named.len() > 20, "the document is no longer read");
+    for (path, function) in &named {
+        assert!(read(path).contains(&format!("fn {function}(")), "{path} has no {function}");
+    }
+    // And the other way: a test that carries a row's number is in that row.
+    for entry in fs::read_dir(root().join("tests/failures")).unwrap() {
+        let path = format!("tests/failures/{}", entry.unwrap().file_name().to_str().unwrap());
+        for function in read(&path).split("fn row_").skip(1).map(|f| f.split('(').next().unwrap()) {
+            let number: usize = function.split('_').next().unwrap().parse().unwrap();
+            let name = format!("`{path}::row_{function}`");
+            let row = document.lines().find(|l| l.starts_with(&format!("| {number} |")));
+            assert!(row.is_some_and(|r| r.contains(&name)), "row {number} does not name {name}");
+        }
+    }
+}
