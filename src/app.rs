@@ -15,6 +15,7 @@ use crate::metrics::Metrics;
 use crate::pool::Pool;
 use crate::provision::Running;
 use crate::proxy::Proxy;
+use crate::proxy::cancel::WaitingBuilds;
 use crate::proxy::listener::{self, Bound};
 use crate::proxy::peer::Peers;
 
@@ -100,6 +101,7 @@ pub async fn run(
     let proxy = Arc::new(Proxy {
         pool: pool.clone(),
         peers: Arc::new(Peers::new(&settings.session_env)),
+        waiting: WaitingBuilds::default(),
         drain: Drain::new(),
         metrics,
     });

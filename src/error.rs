@@ -29,6 +29,8 @@ pub enum Kind {
     QueueFull,
     /// The bound daemon does not answer: 504.
     DaemonTimeout,
+    /// The client cancelled what it waited for: 499.
+    Cancelled,
     /// The client left before it had an answer; nobody reads this one.
     ClientGone,
     /// The proxy is shutting down: 503.
@@ -84,6 +86,7 @@ impl Error {
             | Kind::RequestTimeout
             | Kind::HeadTooLarge
             | Kind::NotFound
+            | Kind::Cancelled
             | Kind::ClientGone
             | Kind::NotImplemented => Fault::Client,
             Kind::DaemonUnreachable | Kind::SessionLost | Kind::DaemonTimeout => Fault::Daemon,
@@ -107,8 +110,8 @@ impl Error {
     pub fn status(&self) -> (u16, &'static str) {
         match self.kind {
             Kind::BadRequest => (400, "Bad Request"),
-            // nginx's code for it, in logs only.
-            Kind::ClientGone => (499, "Client Closed Request"),
+            // nginx's code for it.
+            Kind::Cancelled | Kind::ClientGone => (499, "Client Closed Request"),
             Kind::RequestTimeout => (408, "Request Timeout"),
             Kind::HeadTooLarge => (431, "Request Header Fields Too Large"),
             Kind::NotFound => (404, "Not Found"),

@@ -409,7 +409,8 @@ fn interrupted(lab: &Lab, what: &str, flavour: Flavour, command: &str) {
             let out = job.wait(secs(20));
             let ended = start.elapsed().as_millis();
             assert_ne!(out.code, 0, "{}", out.all());
-            assert!(ended <= 2000, "{ended} ms");
+            // The BuildKit of CLI 20.10 cancels once the answer to its build has begun: after 2 s.
+            assert!(ended <= 2500, "{ended} ms");
             wait_until("the ticket is gone", secs(3), || tickets(&full.pool).is_empty());
             (ended, start.elapsed().as_millis())
         })
@@ -774,12 +775,12 @@ fn work_waits_for_a_daemon_that_starts() {
     assert!(builds.iter().all(|b| pool.daemons()[0].has_image(&b.image)));
 }
 
-/// Not of CLI 20.10: its `/build/cancel` waits with the build that it is to cancel, and its third Ctrl-C ends it.
+/// That of CLI 20.10 by its `/build/cancel`.
 #[test]
-fn ctrl_c_ends_a_buildx_build_that_waits() {
+fn ctrl_c_ends_a_buildkit_build_that_waits() {
     let lab = &require!(Lab::start());
     let mut all = Scenarios::new("queue");
-    for flavour in BUILDKIT.into_iter().filter(|f| f.name.starts_with("buildx")) {
+    for flavour in BUILDKIT {
         let name = flavour.name;
         all.alone(format!("{name}: Ctrl-C ends a build that waits at once"), move || {
             interrupted(lab, &format!("build, {name}"), flavour, "docker build --network none ctx");

@@ -66,6 +66,8 @@ pub struct Route {
     pub learn: Option<Learn>,
     /// The body to be read first.
     pub peek: Option<Peek>,
+    /// A build's own id, by which it can be cancelled: `buildid` of `/build`, `id` of `/build/cancel`.
+    pub build_id: Option<String>,
     /// The name that a created object gets, from the query.
     pub name: Option<String>,
     /// The API version in the path.
@@ -88,6 +90,7 @@ impl Route {
             image: None,
             learn: None,
             peek: None,
+            build_id: None,
             name: None,
             api: None,
             arch: None,
@@ -223,13 +226,16 @@ fn route(method: &str, path: &str, query: &str) -> Route {
         }
         ("POST", ["session"]) => Route { h2: true, ..Route::new("session", Join).hijack() },
         ("POST", ["build"]) => {
-            let route = Route::new("build", Class::Work(Work::Build)).stream();
+            let mut route = Route::new("build", Class::Work(Work::Build)).stream();
+            route.build_id = parameter(query, "buildid").filter(|id| !id.is_empty());
             match parameter(query, "session") {
                 Some(uuid) if !uuid.is_empty() => route.on(Kind::BuildSession, &uuid),
                 _ => route,
             }
         }
-        ("POST", ["build", "cancel"]) => Route::new("build/cancel", Join),
+        ("POST", ["build", "cancel"]) => {
+            Route { build_id: parameter(query, "id"), ..Route::new("build/cancel", Join) }
+        }
         ("POST", ["build", "prune"]) => Route::new("build/prune", Follow),
         ("GET", ["info"]) => Route::new("info", Read),
         ("POST", ["auth"]) => Route::new("auth", Any),

@@ -108,6 +108,12 @@ fn json(body: &Value, about: &About, api: ApiVersion, keep_alive: bool) -> Vec<u
     .into_bytes()
 }
 
+/// A 200 without a body, as dockerd answers `/build/cancel`.
+pub fn ok(keep_alive: bool) -> Vec<u8> {
+    let close = if keep_alive { "" } else { "Connection: close\r\n" };
+    format!("HTTP/1.1 200 OK\r\n{close}Content-Length: 0\r\n\r\n").into_bytes()
+}
+
 /// dockerd's own answer to `/grpc` (28.5, measured).
 pub const GRPC_101: &[u8] =
     b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n";

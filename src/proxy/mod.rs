@@ -12,6 +12,7 @@
 //! ```
 
 mod body;
+pub mod cancel;
 pub mod classify;
 pub mod identify;
 mod learn;
@@ -27,6 +28,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use self::cancel::WaitingBuilds;
 use self::classify::{Local, Peek, Prefix, Route, classify};
 use self::identify::{HEADER, Identity, ListenerIdentity, Source, identify};
 use self::learn::{Named, Watcher};
@@ -61,6 +63,8 @@ pub struct Proxy {
     pub pool: Arc<Pool>,
     /// Recognises processes on this machine.
     pub peers: Arc<Peers>,
+    /// Builds that wait and can be cancelled.
+    pub waiting: WaitingBuilds,
     /// Counts connections and tells them to end.
     pub drain: Drain,
     /// What is counted.
@@ -253,12 +257,26 @@ impl Connection {
             Box::pin(self.grpc(&head, &route, identity)).await;
             return Err(Next::Close);
         }
+        if route.label == "build/cancel"
+            && has_no_body(&head)
+            && let Some(id) = &route.build_id
+            && self.proxy.waiting.cancel(&identity.key, id)
+        {
+            return Err(self.answer(&head, local::ok(keep_alive)).await);
+        }
         let (want, named) = match self.want(&head, &route, identity).await {
             Ok(want) => want,
             Err(error) => return Err(self.refuse(&error, head_only).await),
         };
         let mut told = Told::default();
-        let (lease, daemon) = match self.reach(&want, manner(&head, &route), &mut told).await {
+        let proxy = self.proxy.clone();
+        let cancel = route.build_id.as_ref().map(|id| proxy.waiting.enter(&want.key, id));
+        let reached = self.reach(&want, manner(&head, &route), &mut told);
+        let reached = match cancel {
+            Some(build) => build.unless_cancelled(reached).await,
+            None => reached.await,
+        };
+        let (lease, daemon) = match reached {
             Ok(reached) => reached,
             Err(error) if error.kind == Kind::ClientGone => {
                 self.done(&route, &want.into(), None, started, word(Outcome::ClientGone));
@@ -804,6 +822,7 @@ mod tests {
             let proxy = Proxy {
                 pool: Pool::new(crate::pool::Config::default(), metrics.clone(), 1),
                 peers: Arc::new(Peers::new(&[])),
+                waiting: WaitingBuilds::default(),
                 drain: Drain::new(),
                 metrics,
             };

@@ -2,11 +2,11 @@
 //!
 //! | client | what it sees |
 //! |---|---|
-//! | classic build, load, pull | after 2 s a line in its own output, again when it changes; an empty line each second |
+//! | classic build, load, pull | after 2 s a line in its own output, again when it changes; an empty line each second, or more often while its upload stands still |
 //! | BuildKit | an empty HTTP/2 SETTINGS frame: without it gRPC gives up after 20 s |
 //! | create and other JSON calls | nothing: their answer has no place for it |
 //!
-//! The empty line each second is not for the user: a client that was killed behind an upload that nobody reads sends
+//! The empty line is not for the user: a client that was killed behind an upload that nobody reads sends
 //! no FIN, but a write to it fails.
 
 use std::io;
@@ -24,10 +24,13 @@ use crate::pool::{Lease, Ticket};
 const QUIET: Duration = Duration::from_secs(2);
 /// Between two signs of life.
 const BEAT: Duration = Duration::from_secs(1);
+/// The same while the client's upload stands still because nobody reads it: only a write finds out that such a
+/// client was killed, and its ticket is to be gone within 100 ms. Eight bytes each.
+const STALLED_BEAT: Duration = Duration::from_millis(50);
 /// What is read ahead of a client that waits, to notice its end. Beyond it the kernel is asked.
 const AHEAD: usize = 16 << 10;
 /// How often the kernel is asked: a ticket whose client left is gone within 100 ms.
-const LOOK: Duration = Duration::from_millis(80);
+const LOOK: Duration = Duration::from_millis(40);
 
 /// How a client can be told that it waits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,7 +80,8 @@ pub async fn wait(
                 let place = ticket.position();
                 let bytes = beat(manner, told, place, &mut shown);
                 client.write_all(&bytes).await.map_err(gone)?;
-                next = Instant::now() + BEAT;
+                let stalled = client.buffered().len() >= AHEAD;
+                next = Instant::now() + if stalled { STALLED_BEAT } else { BEAT };
             }
         }
     }
