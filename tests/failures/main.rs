@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "a test that panics has failed, and says where")]
 
 mod builds;
+mod queueing;
+mod records;
 
 #[path = "../common/mod.rs"]
 mod common;
