@@ -47,7 +47,10 @@ impl WaitingBuild<'_> {
     ///
     /// # Errors
     /// The wait's own, and [`Kind::Cancelled`].
-    pub async fn unless_cancelled<T>(&self, wait: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+    pub async fn unless_cancelled<T>(
+        &self,
+        wait: impl Future<Output = Result<T, Error>>,
+    ) -> Result<T, Error> {
         tokio::select! {
             biased;
             result = wait => result,
