@@ -50,6 +50,10 @@ pub struct Raw {
     pub session_grace: Option<String>,
     /// How long a session keeps its last slot without work.
     pub slot_linger: Option<String>,
+    /// How long containers may run while nothing else of their session is under way.
+    pub container_lease: Option<String>,
+    /// `report` or `stop`: what becomes of them then.
+    pub overdue_containers: Option<String>,
     /// How many tickets may wait; 0: no queue, a full pool shares its least loaded daemon.
     pub queue_limit: Option<u32>,
     /// How long a ticket may wait.
@@ -125,6 +129,8 @@ const KEYS: &[&str] = &[
     "slots",
     "session_grace",
     "slot_linger",
+    "container_lease",
+    "overdue_containers",
     "queue_limit",
     "queue_wait",
     "tenant_waiting",
@@ -166,6 +172,8 @@ impl Raw {
                 "slots" => number(value).map(|v| raw.slots = Some(v)),
                 "session_grace" => text_of(value).map(|v| raw.session_grace = Some(v)),
                 "slot_linger" => text_of(value).map(|v| raw.slot_linger = Some(v)),
+                "container_lease" => text_of(value).map(|v| raw.container_lease = Some(v)),
+                "overdue_containers" => text_of(value).map(|v| raw.overdue_containers = Some(v)),
                 "queue_limit" => number(value).map(|v| raw.queue_limit = Some(v)),
                 "queue_wait" => text_of(value).map(|v| raw.queue_wait = Some(v)),
                 "tenant_waiting" => number(value).map(|v| raw.tenant_waiting = Some(v)),
@@ -196,6 +204,8 @@ impl Raw {
             slots: self.slots.or(under.slots),
             session_grace: self.session_grace.or(under.session_grace),
             slot_linger: self.slot_linger.or(under.slot_linger),
+            container_lease: self.container_lease.or(under.container_lease),
+            overdue_containers: self.overdue_containers.or(under.overdue_containers),
             queue_limit: self.queue_limit.or(under.queue_limit),
             queue_wait: self.queue_wait.or(under.queue_wait),
             tenant_waiting: self.tenant_waiting.or(under.tenant_waiting),
@@ -256,6 +266,12 @@ impl Raw {
         let zero = Duration::ZERO;
         set("session_grace", self.session_grace, &mut pool.engine.grace, zero);
         set("slot_linger", self.slot_linger, &mut pool.engine.linger, zero);
+        set(
+            "container_lease",
+            self.container_lease,
+            &mut pool.engine.container_lease,
+            Duration::from_secs(1),
+        );
         set("queue_wait", self.queue_wait, &mut pool.engine.max_wait, Duration::from_secs(1));
         set("probe_interval", self.probe_interval, &mut pool.probe_interval, Duration::from_millis(100));
         set("probe_deadline", self.probe_deadline, &mut pool.probe_deadline, Duration::from_millis(100));
@@ -266,6 +282,14 @@ impl Raw {
             Duration::from_millis(100),
         );
         set("shutdown_grace", self.shutdown_grace, &mut shutdown_grace, zero);
+        pool.stop_overdue = match self.overdue_containers.as_deref() {
+            None | Some("report") => false,
+            Some("stop") => true,
+            Some(other) => {
+                faults.push(format!("overdue_containers: {other} is neither report nor stop"));
+                false
+            }
+        };
         let log_json = match self.log_format.as_deref() {
             None | Some("text") => false,
             Some("json") => true,

@@ -21,6 +21,7 @@ pub struct Metrics {
     daemon_up: IntGaugeVec,
     slots: IntGaugeVec,
     slots_used: IntGaugeVec,
+    strangers: IntGaugeVec,
     daemon_sessions: IntGaugeVec,
     sessions: IntGauge,
     waiting: IntGaugeVec,
@@ -57,6 +58,8 @@ pub struct Metrics {
     pub leases: IntCounter,
     /// Leases that were lost with their daemon.
     pub leases_lost: IntCounter,
+    /// Leases whose containers ran unattended for longer than they may.
+    pub leases_overdue: IntCounter,
     /// Probes, by outcome (`answered`, `failed`, `refused`).
     pub probes: IntCounterVec,
     /// Changes of a daemon's standing, by what it became.
@@ -120,6 +123,11 @@ impl Metrics {
             daemons: gauges("dindpool_daemons", "Daemons by state and health.", &["state", "health"])?,
             daemon_up: gauges("dindpool_daemon_up", "Whether a daemon takes sessions.", &["daemon"])?,
             slots: gauges("dindpool_slots", "Slots of a daemon.", &["daemon"])?,
+            strangers: gauges(
+                "dindpool_daemon_strangers",
+                "Compose projects and lone containers that run on a daemon without a session.",
+                &["daemon"],
+            )?,
             slots_used: gauges("dindpool_slots_used", "Slots of a daemon that are in use.", &["daemon"])?,
             daemon_sessions: gauges(
                 "dindpool_daemon_sessions",
@@ -158,6 +166,10 @@ impl Metrics {
             bytes_up: bytes.with_label_values(&["up"]),
             bytes_down: bytes.with_label_values(&["down"]),
             leases: counter("dindpool_leases_total", "Leases that began.")?,
+            leases_overdue: counter(
+                "dindpool_leases_overdue_total",
+                "Leases whose containers ran unattended for longer than container_lease.",
+            )?,
             leases_lost: counter("dindpool_leases_lost_total", "Leases lost with their daemon.")?,
             probes: counters("dindpool_probes_total", "Probes by outcome.", &["outcome"])?,
             transitions: counters(
@@ -179,7 +191,8 @@ impl Metrics {
         let _one = self.rendering.lock().unwrap_or_else(PoisonError::into_inner);
         self.daemons.reset();
         // A daemon that has gone leaves no series behind.
-        for gauge in [&self.daemon_up, &self.slots, &self.slots_used, &self.daemon_sessions] {
+        for gauge in [&self.daemon_up, &self.slots, &self.slots_used, &self.strangers, &self.daemon_sessions]
+        {
             gauge.reset();
         }
         for state in ["starting", "ready", "draining"] {
@@ -194,6 +207,7 @@ impl Metrics {
             self.daemon_up.with_label_values(id).set(i64::from(up));
             self.slots.with_label_values(id).set(i64::from(daemon.slots));
             self.slots_used.with_label_values(id).set(i64::from(daemon.used));
+            self.strangers.with_label_values(id).set(i64::from(daemon.strangers));
             self.daemon_sessions.with_label_values(id).set(daemon.sessions as i64);
         }
         self.sessions.set(status.sessions.len() as i64);

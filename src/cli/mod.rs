@@ -54,6 +54,12 @@ pub struct Common {
     /// How long a session keeps its slot after its last build or container [default: 10s]
     #[arg(long, env = "DINDPOOL_SLOT_LINGER", value_name = "TIME")]
     slot_linger: Option<String>,
+    /// How long containers may run while nothing else of their session is under way [default: 12h]
+    #[arg(long, env = "DINDPOOL_CONTAINER_LEASE", value_name = "TIME")]
+    container_lease: Option<String>,
+    /// What becomes of them then: report or stop [default: report]
+    #[arg(long, env = "DINDPOOL_OVERDUE_CONTAINERS", value_name = "POLICY")]
+    overdue_containers: Option<String>,
     /// How many builds may wait for a slot; 0: none waits, a full pool shares its least loaded daemon
     /// [default: 1000]
     #[arg(long, env = "DINDPOOL_QUEUE_LIMIT", value_name = "N")]
@@ -107,6 +113,8 @@ impl Common {
             slots: self.slots,
             session_grace: self.session_grace,
             slot_linger: self.slot_linger,
+            container_lease: self.container_lease,
+            overdue_containers: self.overdue_containers,
             queue_limit: self.queue_limit,
             queue_wait: self.queue_wait,
             tenant_waiting: self.tenant_waiting,

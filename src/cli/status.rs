@@ -61,7 +61,10 @@ fn table(pool: &Pool) -> String {
         rows.push([
             d.id.clone(),
             if state == "ready" && health == "ejected" { health.into() } else { state.into() },
-            format!("{}/{}", d.used, d.slots),
+            match d.strangers {
+                0 => format!("{}/{}", d.used, d.slots),
+                n => format!("{}/{} +{n}", d.used, d.slots),
+            },
             d.sessions.to_string(),
             d.version.clone(),
             d.address.clone(),
@@ -77,7 +80,7 @@ fn table(pool: &Pool) -> String {
             s.daemon.clone(),
             s.slots.to_string(),
             s.open.to_string(),
-            s.containers.to_string(),
+            if s.overdue { format!("{} overdue", s.containers) } else { s.containers.to_string() },
             span(s.since),
             s.tenant.clone(),
         ]);

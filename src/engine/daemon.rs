@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::model::{ApiVersion, DaemonId, Facts, Health, Probe, SessionKey, State, Tenant, Time};
+use super::strangers::Strangers;
 use super::{Config, balancer};
 
 /// A daemon as the engine sees it.
@@ -32,6 +33,8 @@ pub struct Daemon {
     pub(super) hash: u64,
     /// Who may have made an image of which only an event or a list tells.
     pub(super) builders: Builders,
+    /// What runs here without a session.
+    pub(super) strangers: Strangers,
     /// The provisioner's word on the slots.
     fixed_slots: Option<u32>,
     failures: u32,
@@ -53,6 +56,7 @@ impl Daemon {
             misfit: None,
             expected: true,
             builders: Builders::default(),
+            strangers: Strangers::default(),
             fixed_slots: slots,
             failures: 0,
             successes: 0,
@@ -62,6 +66,11 @@ impl Daemon {
     /// Whether it takes new sessions.
     pub fn takes_sessions(&self) -> bool {
         self.state == State::Ready && self.health == Health::Healthy && self.misfit.is_none()
+    }
+
+    /// Compose projects and lone containers that run here without a session of the pool.
+    pub fn strangers(&self) -> u32 {
+        self.strangers.count()
     }
 
     /// State and health as one value, to see whether they changed.
@@ -185,6 +194,11 @@ impl Builders {
     /// The images were listed at `began`: builds that had ended by then can bring nothing new.
     pub fn listed(&mut self, began: Time) {
         self.ended.retain(|_, (_, at)| *at > began);
+    }
+
+    /// Whether anybody builds.
+    pub fn under_way(&self) -> bool {
+        !self.under_way.is_empty()
     }
 
     /// Whether images may be there that no list and no event has told of.

@@ -27,7 +27,7 @@ impl Engine {
                     self.own(daemon, kind, &id, &by.key, &by.tenant, now);
                 }
             }
-            Fact::Labelled { kind, id, project } => self.objects.label(daemon, kind, &id, &project, now),
+            Fact::Labelled { kind, id, project } => self.labelled(daemon, kind, &id, &project, now),
             Fact::Started { id } => {
                 self.objects.add(daemon, Kind::Container, &id, None, now);
                 self.ran(daemon, &id, true, now, now);
@@ -104,6 +104,10 @@ impl Engine {
     fn own(&mut self, daemon: &DaemonId, kind: Kind, id: &str, key: &SessionKey, tenant: &Tenant, now: Time) {
         let Some(object) = self.objects.get_mut(daemon, kind, id) else { return };
         object.tenant = Some(tenant.clone());
+        if kind == Kind::Container {
+            self.count_stranger(daemon, id); // No stranger any more.
+        }
+        let Some(object) = self.objects.get_mut(daemon, kind, id) else { return };
         let Some(session) = self.sessions.get_mut(key) else { return };
         if object.owners.contains(key) {
             return; // Told twice.
@@ -139,6 +143,15 @@ impl Engine {
         object.live = live;
         for key in object.owners.clone() {
             self.count_container(&key, daemon, id, live, now);
+        }
+        self.count_stranger(daemon, id);
+    }
+
+    /// An object belongs to a compose project.
+    pub(super) fn labelled(&mut self, daemon: &DaemonId, kind: Kind, id: &str, project: &str, seen: Time) {
+        self.objects.label(daemon, kind, id, project, seen);
+        if kind == Kind::Container {
+            self.count_stranger(daemon, id);
         }
     }
 
@@ -182,7 +195,7 @@ impl Engine {
         self.bind(key, &tenant, &daemon, now);
     }
 
-    fn removed(&mut self, daemon: &DaemonId, kind: Kind, id: &str, now: Time) {
+    pub(super) fn removed(&mut self, daemon: &DaemonId, kind: Kind, id: &str, now: Time) {
         if kind == Kind::Container {
             self.set_live(daemon, id, false, now);
         }
@@ -229,12 +242,18 @@ impl Engine {
             self.objects.add(daemon, Kind::Volume, name, Some(name), began);
         }
         for (kind, id, project) in &inventory.projects {
-            self.objects.label(daemon, *kind, id, project, began);
+            self.labelled(daemon, *kind, id, project, began);
         }
         self.relist(daemon, began, &inventory.images, now);
     }
 
-    fn list_container(&mut self, daemon: &DaemonId, began: Time, listed: &ListedContainer, now: Time) {
+    pub(super) fn list_container(
+        &mut self,
+        daemon: &DaemonId,
+        began: Time,
+        listed: &ListedContainer,
+        now: Time,
+    ) {
         let known = self.objects.get(daemon, Kind::Container, &listed.id).map(|o| (o.seen, o.started));
         if known.is_some_and(|(seen, _)| seen >= began) {
             return; // What is known is newer than the list.

@@ -41,6 +41,10 @@ impl Engine {
             self.check_session(key, session, counts.get(key).unwrap_or(&none));
         }
         self.check_daemons();
+        // It looks at every container of every daemon.
+        if self.next_open.is_multiple_of(8) {
+            self.check_strangers();
+        }
         for (group, siblings) in &self.sources {
             assert!(!siblings.is_empty(), "nobody comes from {group}");
             for key in siblings {

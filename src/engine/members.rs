@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use super::daemon::Builders;
 use super::model::*;
+use super::strangers::Strangers;
 use super::{Daemon, Engine, Timer, Unit, versions};
 
 impl Engine {
@@ -93,6 +94,7 @@ impl Engine {
         // Streams to it break by themselves and are released; they are no longer anybody's work.
         if let Some(d) = self.daemons.get_mut(daemon) {
             d.builders = Builders::default();
+            d.strangers = Strangers::default();
         }
         for open in self.opens.values_mut().filter(|o| o.daemon == *daemon) {
             (open.builds, open.orphan) = (false, true);

@@ -18,6 +18,7 @@ mod rules;
 mod session;
 #[cfg(test)]
 mod simulation;
+mod strangers;
 mod versions;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -40,6 +41,8 @@ pub struct Config {
     pub linger: Time,
     /// How long a container that is never started counts as work.
     pub unstarted: Time,
+    /// How long containers may run while nothing else of their session is under way.
+    pub container_lease: Time,
     /// How long the former daemon of a session is preferred.
     pub memory: Time,
     /// How many sessions are known before those that are only remembered are forgotten, the oldest first. One
@@ -71,6 +74,7 @@ impl Default for Config {
             grace: Time::from_secs(300),
             linger: Time::from_secs(10),
             unstarted: Time::from_secs(60),
+            container_lease: Time::from_secs(12 * 3600),
             memory: Time::from_secs(4 * 3600),
             remembered: 100_000,
             image_hold: Time::from_secs(12 * 3600),
@@ -182,6 +186,9 @@ impl Engine {
             Event::Observed(observed) => self.observed(observed, now),
             Event::Replaced { daemon } => self.replaced(&daemon, now),
             Event::Inventory { daemon, began, inventory } => self.inventory(&daemon, began, inventory, now),
+            Event::Containers { daemon, began, containers, projects } => {
+                self.containers(&daemon, began, &containers, &projects, now);
+            }
             Event::Images { daemon, began, images } => self.relist(&daemon, began, &images, now),
             Event::Abandon(request) => self.abandon(request),
             Event::Tick => self.tick(now),
@@ -415,6 +422,7 @@ impl Engine {
             && let Some(daemon) = self.daemons.get_mut(&gone.daemon)
         {
             daemon.builders.end(&gone.key, (!unreached).then_some(now));
+            self.count_suspects(&gone.daemon);
         }
         if let Some(session) = self.sessions.get_mut(&gone.key) {
             session.open -= u32::from(gone.counted);
@@ -480,6 +488,9 @@ impl Engine {
     fn settle(&mut self, key: &SessionKey, now: Time) {
         let Some(session) = self.sessions.get_mut(key) else { return };
         session.idle = if session.busy() { None } else { session.idle.or(Some(now)) };
+        session.unattended =
+            if session.has_only_containers() { session.unattended.or(Some(now)) } else { None };
+        session.overdue &= session.unattended.is_some();
         if let Some(home) = session.home.clone().filter(|h| h.lease.is_some()) {
             let mut slots = session.wants();
             if slots > 0 {
@@ -514,6 +525,15 @@ impl Engine {
 
     /// When the next thing of a session's runs out.
     fn due(session: &Session, config: &Config) -> Option<Time> {
+        let overdue = session.unattended.filter(|_| !session.overdue).map(|at| at + config.container_lease);
+        match (overdue, Self::ends(session, config)) {
+            (Some(a), Some(b)) => Some(a.min(b)),
+            (a, b) => a.or(b),
+        }
+    }
+
+    /// When its linger, its lease or its memory ends.
+    fn ends(session: &Session, config: &Config) -> Option<Time> {
         let lease_end = session.idle.map(|idle| idle + config.grace);
         if session.lease().is_some() {
             let linger = session.linger.filter(|_| session.slots > 0);
@@ -557,6 +577,13 @@ impl Engine {
         session.timer = None;
         let due = Self::due(session, &self.config);
         if due.is_none_or(|due| due > now) {
+            self.settle(key, now);
+            return;
+        }
+        if session.unattended.is_some_and(|at| !session.overdue && at + self.config.container_lease <= now) {
+            session.overdue = true;
+            let containers = session.containers();
+            self.effects.push(Effect::Overdue { key: key.clone(), containers });
             self.settle(key, now);
             return;
         }

@@ -393,6 +393,17 @@ pub enum Event {
         /// What they said.
         inventory: Inventory,
     },
+    /// The containers of a daemon alone, listed again from time to time: an event may have been lost.
+    Containers {
+        /// Which daemon.
+        daemon: DaemonId,
+        /// When the list was asked for.
+        began: Time,
+        /// What it said.
+        containers: Vec<ListedContainer>,
+        /// Their compose projects: kind, id, project.
+        projects: Vec<(Kind, String, String)>,
+    },
     /// The images of a daemon alone, listed again after a BuildKit build.
     Images {
         /// Which daemon.
@@ -492,6 +503,13 @@ pub enum Effect {
         lasted: Time,
         /// Whether it was lost with its daemon.
         lost: bool,
+    },
+    /// A session's containers have run for longer than they may while nothing else of it was under way.
+    Overdue {
+        /// Whose.
+        key: SessionKey,
+        /// Where they run, and their ids.
+        containers: Vec<(DaemonId, String)>,
     },
     /// A daemon's state or health changed.
     DaemonChanged {

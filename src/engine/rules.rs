@@ -1198,3 +1198,70 @@ fn of_too_many_sessions_those_that_are_only_remembered_are_forgotten_the_oldest_
     assert!(pool.engine.timers.len() <= 9, "timers of sessions that are forgotten");
     pool.tell(Event::Release { open: kept.open, outcome: Outcome::Done });
 }
+
+#[test]
+fn containers_that_nobody_attends_are_reported_once_and_keep_their_slot() {
+    let mut pool = Pool::of(1);
+    let overdue = |pool: &Pool| pool.told.iter().filter(|e| matches!(e, Effect::Overdue { .. })).count();
+    let grant = pool.grant(create("k", "alpine"));
+    let a = grant.daemon.clone();
+    pool.learn(&a, Some(&grant), Fact::Created { kind: Kind::Container, id: "c1".into(), name: None });
+    pool.learn(&a, None, Fact::Started { id: "c1".into() });
+    let limit = pool.engine.config.container_lease.as_secs();
+    pool.pass(limit);
+    assert_eq!(overdue(&pool), 0, "its create is still under way");
+    pool.done(&grant);
+    pool.pass(limit - 1);
+    pool.call(follow("k"));
+    pool.pass(limit - 1);
+    assert_eq!(overdue(&pool), 0, "somebody looked after it");
+    pool.pass(1);
+    assert_eq!(
+        pool.told.last(),
+        Some(&Effect::Overdue { key: "k".into(), containers: vec![(a.clone(), "c1".into())] })
+    );
+    pool.pass(limit);
+    assert_eq!(overdue(&pool), 1, "once");
+    assert_eq!(pool.used(&a), 1);
+    pool.exits(&a, "c1");
+    assert!(!pool.engine.session(&"k".into()).unwrap().overdue);
+}
+
+#[test]
+fn what_runs_without_a_session_counts_by_compose_projects_and_not_while_somebody_builds() {
+    let mut pool = Pool::of(1);
+    let a = DaemonId::from("a");
+    let strangers = |pool: &Pool| pool.engine.daemons[&DaemonId::from("a")].strangers.count();
+    let start = |pool: &mut Pool, id: &str| {
+        pool.learn(&"a".into(), None, Fact::Created { kind: Kind::Container, id: id.into(), name: None });
+        pool.learn(&"a".into(), None, Fact::Started { id: id.into() });
+    };
+    for id in ["lone", "web", "db"] {
+        start(&mut pool, id);
+    }
+    assert_eq!(strangers(&pool), 3);
+    for id in ["web", "db"] {
+        let (kind, project) = (Kind::Container, "shop".to_string());
+        pool.learn(&a, None, Fact::Labelled { kind, id: id.into(), project });
+    }
+    assert_eq!(strangers(&pool), 2, "a project counts once");
+    // A classic build's own containers look like anybody's.
+    let grant = pool.grant(build("k"));
+    start(&mut pool, "step");
+    assert_eq!(strangers(&pool), 2);
+    pool.done(&grant);
+    assert_eq!(strangers(&pool), 3, "it was no build's: it still runs");
+    // A list mends what events have missed.
+    let listed = |id: &str, running| ListedContainer { id: id.into(), names: Vec::new(), running };
+    let containers = vec![listed("web", true), listed("lone", false), listed("new", true)];
+    pool.now += Time::from_secs(1);
+    let began = pool.now;
+    pool.tell(Event::Containers { daemon: a.clone(), began, containers, projects: Vec::new() });
+    assert_eq!(strangers(&pool), 2, "web and new");
+    // What a session makes is its own.
+    let grant = pool.grant(create("k", "alpine"));
+    start(&mut pool, "mine");
+    assert_eq!(strangers(&pool), 3, "the event comes before the answer");
+    pool.learn(&a, Some(&grant), Fact::Created { kind: Kind::Container, id: "mine".into(), name: None });
+    assert_eq!(strangers(&pool), 2);
+}

@@ -55,6 +55,10 @@ pub struct Session {
     pub(super) linger: Option<Time>,
     /// Since when nothing of it is open and nothing runs; `None` while something does.
     pub(super) idle: Option<Time>,
+    /// Since when it has nothing but containers that run.
+    pub(super) unattended: Option<Time>,
+    /// Whether they have run for longer than that is allowed.
+    pub overdue: bool,
     /// When the engine looks at it again.
     pub(super) timer: Option<Time>,
 }
@@ -76,6 +80,8 @@ impl Session {
             slots: 0,
             linger: None,
             idle: Some(now),
+            unattended: None,
+            overdue: false,
             timer: None,
         }
     }
@@ -88,6 +94,19 @@ impl Session {
     /// Whether a unit of work is under way on its home.
     pub fn works(&self) -> bool {
         self.builds + self.others > 0 || !self.live.is_empty()
+    }
+
+    /// Whether containers run, and nothing else of it is under way.
+    pub(super) fn has_only_containers(&self) -> bool {
+        let containers = !self.live.is_empty() || !self.foreign.is_empty();
+        containers && self.open == 0 && self.builds + self.others == 0
+    }
+
+    /// Its containers that run, or were created a moment ago, and where.
+    pub(super) fn containers(&self) -> Vec<(DaemonId, String)> {
+        let home = self.home.iter().flat_map(|h| self.live.iter().map(move |id| (&h.daemon, id)));
+        let away = self.foreign.iter().flat_map(|(daemon, ids)| ids.iter().map(move |id| (daemon, id)));
+        home.chain(away).map(|(daemon, id)| (daemon.clone(), id.clone())).collect()
     }
 
     /// Whether anything keeps the lease alive.

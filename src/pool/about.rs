@@ -86,32 +86,9 @@ pub fn facts(info: &Info, version: &Value) -> Facts {
 /// The four lists as one inventory.
 pub fn inventory(containers: &Value, networks: &Value, volumes: &Value, images: &Value) -> Inventory {
     let built_in = |name: &str| matches!(name, "bridge" | "host" | "none");
-    let projects = |list: &Value, kind: Kind, id: &str| -> Vec<(Kind, String, String)> {
-        array(list)
-            .iter()
-            .filter_map(|o| {
-                let project = o["Labels"][PROJECT].as_str()?;
-                Some((kind, o[id].as_str()?.to_string(), project.to_string()))
-            })
-            .collect()
-    };
+    let (listed, of_containers) = self::containers(containers);
     Inventory {
-        containers: array(containers)
-            .iter()
-            .filter_map(|c| {
-                Some(ListedContainer {
-                    id: c["Id"].as_str()?.to_string(),
-                    // A link gives a container further names of the form /other/alias.
-                    names: array(&c["Names"])
-                        .iter()
-                        .filter_map(Value::as_str)
-                        .map(|n| n.trim_start_matches('/').to_string())
-                        .filter(|n| !n.contains('/'))
-                        .collect(),
-                    running: matches!(c["State"].as_str(), Some("running" | "paused" | "restarting")),
-                })
-            })
-            .collect(),
+        containers: listed,
         networks: array(networks)
             .iter()
             .filter_map(|n| Some((n["Id"].as_str()?.to_string(), n["Name"].as_str()?.to_string())))
@@ -123,12 +100,41 @@ pub fn inventory(containers: &Value, networks: &Value, volumes: &Value, images: 
             .collect(),
         images: listed_images(images),
         projects: [
-            projects(containers, Kind::Container, "Id"),
+            of_containers,
             projects(networks, Kind::Network, "Id"),
             projects(&volumes["Volumes"], Kind::Volume, "Name"),
         ]
         .concat(),
     }
+}
+
+/// `/containers/json`: the containers, and the compose projects of those that have one.
+pub fn containers(list: &Value) -> (Vec<ListedContainer>, Vec<(Kind, String, String)>) {
+    let listed = array(list)
+        .iter()
+        .filter_map(|c| {
+            Some(ListedContainer {
+                id: c["Id"].as_str()?.to_string(),
+                // A link gives a container further names of the form /other/alias.
+                names: array(&c["Names"])
+                    .iter()
+                    .filter_map(Value::as_str)
+                    .map(|n| n.trim_start_matches('/').to_string())
+                    .filter(|n| !n.contains('/'))
+                    .collect(),
+                running: matches!(c["State"].as_str(), Some("running" | "paused" | "restarting")),
+            })
+        })
+        .collect();
+    (listed, projects(list, Kind::Container, "Id"))
+}
+
+fn projects(list: &Value, kind: Kind, id: &str) -> Vec<(Kind, String, String)> {
+    let project = |o: &Value| {
+        let project = o["Labels"][PROJECT].as_str()?;
+        Some((kind, o[id].as_str()?.to_string(), project.to_string()))
+    };
+    array(list).iter().filter_map(project).collect()
 }
 
 /// `/images/json`.

@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use hyper::Method;
 use serde_json::Value;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinHandle;
@@ -28,6 +29,9 @@ pub use lease::Lease;
 use status::{DaemonStatus, QueueStatus, SessionStatus, Status, TicketStatus};
 pub use ticket::Ticket;
 
+/// A container has 10 s, or what its `--stop-timeout` says, before dockerd kills it.
+const STOP_DEADLINE: Duration = Duration::from_secs(120);
+
 /// How the pool watches its daemons.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -35,6 +39,8 @@ pub struct Config {
     pub engine: engine::Config,
     /// Slots of each daemon; `None` derives them from what it says of itself.
     pub slots: Option<u32>,
+    /// Whether containers that nobody attends for [`engine::Config::container_lease`] are stopped, or only told of.
+    pub stop_overdue: bool,
     /// Time between two probes of a daemon that is well.
     pub probe_interval: Duration,
     /// How long a probe may take: a frozen daemon still accepts TCP.
@@ -48,6 +54,7 @@ impl Default for Config {
         Config {
             engine: engine::Config::default(),
             slots: None,
+            stop_overdue: false,
             // Together: a frozen daemon is out within 5 s, two deadlines after the probe that meets it.
             probe_interval: Duration::from_millis(1500),
             probe_deadline: Duration::from_millis(1500),
@@ -300,6 +307,7 @@ impl Pool {
                     version: d.facts.as_ref().map(|f| f.version.clone()).unwrap_or_default(),
                     slots: d.slots,
                     used: d.used,
+                    strangers: d.strangers(),
                     sessions: d.sessions.len(),
                 })
                 .collect(),
@@ -315,6 +323,7 @@ impl Pool {
                         slots: s.slots,
                         open: s.open,
                         containers: s.live.len(),
+                        overdue: s.overdue,
                         since: now.saturating_sub(home.since).as_secs_f64(),
                     })
                 })
@@ -413,6 +422,17 @@ impl Pool {
                     tracing::warn!(session = %key, lease = lease.number, %daemon, seconds, "session lost");
                 } else {
                     tracing::info!(session = %key, lease = lease.number, %daemon, seconds, "lease ended");
+                }
+            }
+            Effect::Overdue { key, containers } => {
+                self.metrics.leases_overdue.inc();
+                let n = containers.len();
+                tracing::warn!(session = %key, containers = n, stop = self.config.stop_overdue, "nobody attends its containers");
+                if self.config.stop_overdue {
+                    let handle = |(id, container): (DaemonId, String)| {
+                        Some((state.daemons.get(&id)?.handle.clone(), container))
+                    };
+                    tokio::spawn(stop_containers(containers.into_iter().filter_map(handle).collect()));
                 }
             }
             Effect::DaemonChanged { daemon, state, health, reason } => {
@@ -523,6 +543,27 @@ impl Pool {
         let about = Arc::new(about);
         *lock(&handle.about) = Some(about.clone());
         self.lock().about = Some(about);
+    }
+}
+
+/// Stops containers as `docker stop` does. Events tell when they have exited.
+async fn stop_containers(containers: Vec<(Arc<Handle>, String)>) {
+    for (handle, id) in containers {
+        let path = format!("/containers/{id}/stop");
+        let stop = client::call(&handle.endpoint, Method::POST, &path, None);
+        match tokio::time::timeout(STOP_DEADLINE, stop).await {
+            // 304: it has exited meanwhile; 404: it is gone.
+            Ok(Ok(r)) if r.status().is_success() || matches!(r.status().as_u16(), 304 | 404) => {
+                tracing::warn!(daemon = %handle.id, container = id, "stopped: nobody attended it");
+            }
+            Ok(Ok(r)) => {
+                tracing::error!(daemon = %handle.id, container = id, status = r.status().as_u16(), "cannot be stopped")
+            }
+            Ok(Err(error)) => {
+                tracing::error!(daemon = %handle.id, container = id, "cannot be stopped: {error}")
+            }
+            Err(_) => tracing::error!(daemon = %handle.id, container = id, "cannot be stopped: no answer"),
+        }
     }
 }
 

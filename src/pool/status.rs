@@ -43,6 +43,9 @@ pub struct DaemonStatus {
     pub slots: u32,
     /// Slots in use.
     pub used: u32,
+    /// Compose projects and lone containers that run there without a session of the pool.
+    #[serde(default)]
+    pub strangers: u32,
     /// Sessions with a lease.
     pub sessions: usize,
 }
@@ -69,6 +72,9 @@ pub struct SessionStatus {
     pub open: u32,
     /// Its containers that run, or were created a moment ago.
     pub containers: usize,
+    /// Whether they have run for longer than `container_lease` while nothing else of it was under way.
+    #[serde(default)]
+    pub overdue: bool,
     /// For how many seconds it has had this lease.
     pub since: f64,
 }

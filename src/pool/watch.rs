@@ -29,6 +29,8 @@ use crate::engine::model::{Event, Facts, Probe};
 const RETRY: Duration = Duration::from_millis(200);
 /// Lists of a busy daemon with thousands of containers take longer than a probe may.
 const LIST_DEADLINE: Duration = Duration::from_secs(20);
+/// Between two lists of a daemon's containers. Events tell of each at once; a list mends what they missed.
+const RECOUNT: Duration = Duration::from_secs(30);
 /// A list that a request waits for.
 pub(super) const QUICK_LIST_DEADLINE: Duration = Duration::from_secs(2);
 /// After a list that came too late, requests go on without one for so long.
@@ -122,8 +124,12 @@ async fn follow(pool: &Arc<Pool>, handle: &Handle, mut events: Incoming, identit
     let mut probe = None;
     // Beside the probes: a daemon that is slow to list must be found out in time all the same.
     let mut list = None;
+    let mut count = None;
+    let mut recount = Instant::now() + RECOUNT;
     loop {
         tokio::select! {
+            () = tokio::time::sleep_until(recount), if count.is_none() => count = Some(Box::pin(list_containers(pool, handle))),
+            () = pending_or(&mut count) => (count, recount) = (None, Instant::now() + RECOUNT),
             frame = events.frame() => match frame {
                 Some(Ok(frame)) => {
                     if let Ok(data) = frame.into_data() {
@@ -234,6 +240,16 @@ pub(super) async fn list_images(pool: &Pool, handle: &Handle, deadline: Duration
         // A daemon with thousands of images takes longer than a request waits: its watch has the time.
         Err(_) if deadline < LIST_DEADLINE => handle.relist.notify_one(),
         Err(_) => {}
+    }
+}
+
+/// Lists the containers of a daemon anew: what runs there is load, whether an event told of it or not.
+async fn list_containers(pool: &Pool, handle: &Handle) {
+    let began = pool.now();
+    let list = client::json::<Value>(&handle.endpoint, "/containers/json?all=1", LIST_DEADLINE).await;
+    if let Ok(list) = list {
+        let (containers, projects) = about::containers(&list);
+        pool.event(Event::Containers { daemon: handle.id.clone(), began, containers, projects });
     }
 }
 

@@ -135,7 +135,7 @@ impl Shadow {
             Event::Learned { daemon, open, fact } => self.learned(daemon, *open, fact, now),
             Event::Inventory { daemon, began, inventory } => self.listed(daemon, *began, inventory),
             Event::Images { .. } => self.makers.extend(self.builders.iter().cloned()),
-            Event::Acquire(_) | Event::Abandon(_) => {}
+            Event::Acquire(_) | Event::Abandon(_) | Event::Containers { .. } => {}
             Event::BuildSeen(open) => {
                 if let Some(grant) = self.grants.get_mut(open) {
                     grant.solves = true;
