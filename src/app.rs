@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use tokio::net::TcpListener;
+use tokio::task::JoinSet;
 
 use crate::admin;
 use crate::config::{Listener, Settings};
@@ -16,8 +17,10 @@ use crate::pool::Pool;
 use crate::provision::Running;
 use crate::proxy::Proxy;
 use crate::proxy::cancel::WaitingBuilds;
+use crate::proxy::limits::{Gate, raise_descriptors};
 use crate::proxy::listener::{self, Bound};
 use crate::proxy::peer::Peers;
+use crate::proxy::sweep::{self, Sweeper};
 
 /// Bound sockets, so that every fault of an address is known before anything starts.
 pub struct Sockets {
@@ -103,23 +106,39 @@ pub async fn run(
         peers: Arc::new(Peers::new(&settings.session_env)),
         waiting: WaitingBuilds::default(),
         drain: Drain::new(),
-        metrics,
+        gate: Gate::new(settings.limits, raise_descriptors()),
+        sweeper: Sweeper::default(),
+        head_deadline: settings.head_deadline,
+        metrics: metrics.clone(),
     });
+    count_panics(metrics.panics);
     let Running { observations, stop, stopped } = provisioner;
     let pool_task = tokio::spawn(pool.clone().run(observations));
     let admin_task = tokio::spawn(admin::run(sockets.admin, pool.clone(), proxy.drain.clone()));
+    let mut listeners = JoinSet::new();
     for (listener, bound) in sockets.listeners {
-        tokio::spawn(listener::run(proxy.clone(), Arc::new(listener.identity), bound));
+        listeners.spawn(listener::run(proxy.clone(), Arc::new(listener.identity), bound));
     }
+    let sweep_task = tokio::spawn(sweep::run(proxy.clone()));
     let beside_task = tokio::spawn(beside(pool.clone()));
     shutdown.await;
+    proxy.drain.leave();
+    if !settings.shutdown_delay.is_zero() {
+        // Whoever sends clients here needs a moment to hear that they should go elsewhere.
+        tracing::info!(delay_s = settings.shutdown_delay.as_secs_f64(), "leaving: not ready, still serving");
+        tokio::time::sleep(settings.shutdown_delay).await;
+    }
     let open = proxy.drain.open();
     tracing::info!(connections = open, grace_s = settings.shutdown_grace.as_secs(), "stopping");
     beside_task.abort();
+    proxy.drain.stop();
+    // They take in whom the kernel has connected already.
+    while listeners.join_next().await.is_some() {}
     let cut = proxy.drain.finish(settings.shutdown_grace).await;
     if cut > 0 {
         tracing::warn!(cut, "connections cut at the end of the grace");
     }
+    sweep_task.abort();
     pool_task.abort();
     pool.stop();
     let _ = stop.send(());
@@ -127,6 +146,18 @@ pub async fn run(
     admin_task.abort();
     tracing::info!("stopped");
     Ok(())
+}
+
+/// Counts each panic, and logs where it was. A panic ends the task that it happens in, one connection or one call,
+/// and its guards give back what it held; nothing else notices.
+fn count_panics(panics: prometheus::IntCounter) {
+    let before = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        panics.inc();
+        let location = info.location().map(ToString::to_string).unwrap_or_default();
+        tracing::error!(location, "panic: a fault of dindpool; please report it");
+        before(info);
+    }));
 }
 
 /// The seed of the engine's ties: any number that differs between processes.

@@ -13,6 +13,7 @@ use toml::Value;
 use crate::pool;
 use crate::provision::fixed::{self, FixedAddress};
 use crate::proxy::identify::ListenerIdentity;
+use crate::proxy::limits::Limits;
 use crate::proxy::listener::Address;
 use crate::proxy::peer;
 
@@ -62,6 +63,12 @@ pub struct Raw {
     pub tenant_waiting: Option<u32>,
     /// How many slots one tenant may hold.
     pub tenant_slots: Option<u32>,
+    /// How many client connections there may be.
+    pub max_connections: Option<u32>,
+    /// How many of them from one address.
+    pub max_connections_per_source: Option<u32>,
+    /// How long a client may take to send a request's head.
+    pub head_deadline: Option<String>,
     /// Environment variables of a client process that name its session.
     pub session_env: Option<Vec<String>>,
     /// Time between two probes.
@@ -70,6 +77,8 @@ pub struct Raw {
     pub probe_deadline: Option<String>,
     /// How long a connection to a daemon may take.
     pub connect_deadline: Option<String>,
+    /// How long new clients are taken after SIGTERM.
+    pub shutdown_delay: Option<String>,
     /// How long open streams may go on after SIGTERM.
     pub shutdown_grace: Option<String>,
     /// `text` or `json`.
@@ -98,9 +107,15 @@ pub struct Settings {
     pub daemons: Vec<FixedAddress>,
     /// How the pool behaves.
     pub pool: pool::Config,
+    /// How many client connections there may be.
+    pub limits: Limits,
+    /// How long a client may take to send a request's head.
+    pub head_deadline: Duration,
     /// Environment variables that name a session.
     pub session_env: Vec<String>,
-    /// How long open streams may go on after SIGTERM.
+    /// How long new clients are taken after SIGTERM, while whoever sends them hears of it.
+    pub shutdown_delay: Duration,
+    /// How long open streams may go on then.
     pub shutdown_grace: Duration,
     /// Whether the log is JSON.
     pub log_json: bool,
@@ -135,10 +150,14 @@ const KEYS: &[&str] = &[
     "queue_wait",
     "tenant_waiting",
     "tenant_slots",
+    "max_connections",
+    "max_connections_per_source",
+    "head_deadline",
     "session_env",
     "probe_interval",
     "probe_deadline",
     "connect_deadline",
+    "shutdown_delay",
     "shutdown_grace",
     "log_format",
     "log_level",
@@ -178,10 +197,16 @@ impl Raw {
                 "queue_wait" => text_of(value).map(|v| raw.queue_wait = Some(v)),
                 "tenant_waiting" => number(value).map(|v| raw.tenant_waiting = Some(v)),
                 "tenant_slots" => number(value).map(|v| raw.tenant_slots = Some(v)),
+                "max_connections" => number(value).map(|v| raw.max_connections = Some(v)),
+                "max_connections_per_source" => {
+                    number(value).map(|v| raw.max_connections_per_source = Some(v))
+                }
+                "head_deadline" => text_of(value).map(|v| raw.head_deadline = Some(v)),
                 "session_env" => texts(value).map(|v| raw.session_env = Some(v)),
                 "probe_interval" => text_of(value).map(|v| raw.probe_interval = Some(v)),
                 "probe_deadline" => text_of(value).map(|v| raw.probe_deadline = Some(v)),
                 "connect_deadline" => text_of(value).map(|v| raw.connect_deadline = Some(v)),
+                "shutdown_delay" => text_of(value).map(|v| raw.shutdown_delay = Some(v)),
                 "shutdown_grace" => text_of(value).map(|v| raw.shutdown_grace = Some(v)),
                 "log_format" => text_of(value).map(|v| raw.log_format = Some(v)),
                 "log_level" => text_of(value).map(|v| raw.log_level = Some(v)),
@@ -210,10 +235,14 @@ impl Raw {
             queue_wait: self.queue_wait.or(under.queue_wait),
             tenant_waiting: self.tenant_waiting.or(under.tenant_waiting),
             tenant_slots: self.tenant_slots.or(under.tenant_slots),
+            max_connections: self.max_connections.or(under.max_connections),
+            max_connections_per_source: self.max_connections_per_source.or(under.max_connections_per_source),
+            head_deadline: self.head_deadline.or(under.head_deadline),
             session_env: self.session_env.or(under.session_env),
             probe_interval: self.probe_interval.or(under.probe_interval),
             probe_deadline: self.probe_deadline.or(under.probe_deadline),
             connect_deadline: self.connect_deadline.or(under.connect_deadline),
+            shutdown_delay: self.shutdown_delay.or(under.shutdown_delay),
             shutdown_grace: self.shutdown_grace.or(under.shutdown_grace),
             log_format: self.log_format.or(under.log_format),
             log_level: self.log_level.or(under.log_level),
@@ -247,11 +276,19 @@ impl Raw {
         if self.tenant_slots == Some(0) || self.tenant_waiting == Some(0) {
             faults.push("tenant_slots, tenant_waiting: 0 would keep every tenant out".into());
         }
+        if self.max_connections == Some(0) || self.max_connections_per_source == Some(0) {
+            faults.push("max_connections, max_connections_per_source: 0 would keep every client out".into());
+        }
+        let limits = Limits {
+            total: self.max_connections.map(|n| n as usize),
+            per_source: self.max_connections_per_source.map(|n| n as usize),
+        };
         let mut pool = pool::Config { slots: self.slots, ..pool::Config::default() };
         pool.engine.queue_limit = self.queue_limit.map_or(pool.engine.queue_limit, |n| n as usize);
         pool.engine.tenant_waiting = self.tenant_waiting.map(|n| n as usize);
         pool.engine.tenant_slots = self.tenant_slots;
-        let mut shutdown_grace = Duration::from_secs(600);
+        let mut head_deadline = Duration::from_secs(30);
+        let (mut shutdown_delay, mut shutdown_grace) = (Duration::from_secs(5), Duration::from_secs(600));
         let mut set = |name: &str, text: Option<String>, to: &mut Duration, min: Duration| {
             let Some(text) = text else { return };
             match duration(&text) {
@@ -281,6 +318,8 @@ impl Raw {
             &mut pool.connect_deadline,
             Duration::from_millis(100),
         );
+        set("head_deadline", self.head_deadline, &mut head_deadline, Duration::from_secs(1));
+        set("shutdown_delay", self.shutdown_delay, &mut shutdown_delay, zero);
         set("shutdown_grace", self.shutdown_grace, &mut shutdown_grace, zero);
         pool.stop_overdue = match self.overdue_containers.as_deref() {
             None | Some("report") => false,
@@ -314,7 +353,10 @@ impl Raw {
             admin,
             daemons,
             pool,
+            limits,
+            head_deadline,
             session_env: self.session_env.unwrap_or_else(peer::default_variables),
+            shutdown_delay,
             shutdown_grace,
             log_json,
             log_level,

@@ -15,6 +15,7 @@ use tokio_util::task::TaskTracker;
 #[derive(Debug, Clone, Default)]
 pub struct Drain {
     tasks: TaskTracker,
+    leaving: Arc<AtomicBool>,
     stopping: Signal,
     aborted: Signal,
 }
@@ -93,9 +94,24 @@ impl Drain {
         self.tasks.len()
     }
 
+    /// Clients should go elsewhere from now on; those that come are served all the same.
+    pub fn leave(&self) {
+        self.leaving.store(true, Ordering::Release);
+    }
+
+    /// Whether clients should go elsewhere.
+    pub fn is_leaving(&self) -> bool {
+        self.leaving.load(Ordering::Acquire) || self.is_stopping()
+    }
+
+    /// Begins the drain: no new connections, idle ones end.
+    pub fn stop(&self) {
+        self.stopping.give();
+    }
+
     /// Begins the drain and waits for its end, at most `grace`. Returns how many connections were cut.
     pub async fn finish(&self, grace: Duration) -> usize {
-        self.stopping.give();
+        self.stop();
         self.tasks.close();
         if tokio::time::timeout(grace, self.tasks.wait()).await.is_ok() {
             return 0;

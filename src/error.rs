@@ -25,6 +25,8 @@ pub enum Kind {
     SessionLost,
     /// No daemon can take the request now: 503 with Retry-After.
     NoDaemon,
+    /// More connections are open than there may be: 503 with Retry-After.
+    Overloaded,
     /// The admission queue is full, or the longest wait is over: 503 with Retry-After.
     QueueFull,
     /// The bound daemon does not answer: 504.
@@ -90,7 +92,7 @@ impl Error {
             | Kind::ClientGone
             | Kind::NotImplemented => Fault::Client,
             Kind::DaemonUnreachable | Kind::SessionLost | Kind::DaemonTimeout => Fault::Daemon,
-            Kind::NoDaemon | Kind::QueueFull => Fault::Pool,
+            Kind::NoDaemon | Kind::QueueFull | Kind::Overloaded => Fault::Pool,
             Kind::ShuttingDown | Kind::Internal => Fault::Proxy,
         }
     }
@@ -103,7 +105,10 @@ impl Error {
 
     /// Whether the same request may succeed later without a change.
     pub fn retryable(&self) -> bool {
-        matches!(self.kind, Kind::NoDaemon | Kind::QueueFull | Kind::ShuttingDown | Kind::DaemonTimeout)
+        matches!(
+            self.kind,
+            Kind::NoDaemon | Kind::QueueFull | Kind::Overloaded | Kind::ShuttingDown | Kind::DaemonTimeout
+        )
     }
 
     /// Status code and reason phrase.
@@ -117,7 +122,9 @@ impl Error {
             Kind::NotFound => (404, "Not Found"),
             Kind::NotImplemented => (501, "Not Implemented"),
             Kind::DaemonUnreachable | Kind::SessionLost => (502, "Bad Gateway"),
-            Kind::NoDaemon | Kind::QueueFull | Kind::ShuttingDown => (503, "Service Unavailable"),
+            Kind::NoDaemon | Kind::QueueFull | Kind::Overloaded | Kind::ShuttingDown => {
+                (503, "Service Unavailable")
+            }
             Kind::DaemonTimeout => (504, "Gateway Timeout"),
             Kind::Internal => (500, "Internal Server Error"),
         }

@@ -40,6 +40,12 @@ pub struct Metrics {
     pub connections: IntGaugeVec,
     /// Client connections accepted, by listener kind.
     pub accepted: IntCounterVec,
+    /// Client connections refused, by the limit that they met.
+    pub refused: IntCounterVec,
+    /// Connections whose peer had vanished while data was on its way.
+    pub peers_lost: IntCounterVec,
+    /// Panics of a connection or another task.
+    pub panics: IntCounter,
     /// Requests finished, by class and outcome.
     pub requests: IntCounterVec,
     /// Errors that the proxy itself answered, by whose fault.
@@ -151,6 +157,20 @@ impl Metrics {
             images: gauge("dindpool_image_references", "Image references that the pool knows.")?,
             connections: gauges("dindpool_connections", "Open client connections.", &["listener"])?,
             accepted: counters("dindpool_connections_total", "Client connections accepted.", &["listener"])?,
+            refused: counters(
+                "dindpool_connections_refused_total",
+                "Client connections refused because there were too many, by the limit that they met.",
+                &["reason"],
+            )?,
+            peers_lost: counters(
+                "dindpool_peers_lost_total",
+                "Connections ended because their peer acknowledged nothing for 20 s, by what the peer is.",
+                &["side"],
+            )?,
+            panics: counter(
+                "dindpool_panics_total",
+                "Panics; each ended the connection or task that it happened in, and is a fault of dindpool.",
+            )?,
             requests: counters(
                 "dindpool_requests_total",
                 "Requests finished, by class and by how they ended.",

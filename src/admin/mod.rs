@@ -10,12 +10,18 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
 
 use crate::drain::Drain;
 use crate::pool::Pool;
 
+/// How many connections it takes at the same time; the descriptors kept back for them are counted in
+/// `proxy/limits.rs`.
+const CONNECTIONS: usize = 32;
+
 /// Serves the admin listener until it is dropped.
 pub async fn run(listener: TcpListener, pool: Arc<Pool>, drain: Drain) {
+    let room = Arc::new(Semaphore::new(CONNECTIONS));
     loop {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
@@ -25,12 +31,15 @@ pub async fn run(listener: TcpListener, pool: Arc<Pool>, drain: Drain) {
                 continue;
             }
         };
+        // Closed at once: a probe that finds no room is repeated, one that waits for it hangs.
+        let Ok(place) = room.clone().try_acquire_owned() else { continue };
         let (pool, drain) = (pool.clone(), drain.clone());
         tokio::spawn(async move {
             let service = service_fn(move |request| {
                 let response = answer(&pool, &drain, &request);
                 async move { Ok::<_, Infallible>(response) }
             });
+            let _place = place;
             // A client that breaks off its own request is no fault of ours.
             let _ = hyper::server::conn::http1::Builder::new()
                 // With it, a client that sends no head is dropped after hyper's 30 s.
@@ -52,7 +61,7 @@ fn answer<B>(pool: &Pool, drain: &Drain, request: &Request<B>) -> Response<Full<
         }
         "/livez" => reply(StatusCode::OK, "text/plain; charset=utf-8", "ok\n"),
         // Whoever sends clients here must stop before the listeners are gone for good.
-        "/readyz" if drain.is_stopping() => {
+        "/readyz" if drain.is_leaving() => {
             reply(StatusCode::SERVICE_UNAVAILABLE, "text/plain; charset=utf-8", "shutting down\n")
         }
         "/readyz" if pool.is_ready() => reply(StatusCode::OK, "text/plain; charset=utf-8", "ok\n"),
@@ -95,7 +104,8 @@ mod tests {
             (response.status().as_u16(), response.into_body())
         };
         assert_eq!(get("/readyz").0, 503);
-        drain.finish(std::time::Duration::ZERO).await;
+        drain.leave();
+        assert!(!drain.is_stopping(), "whoever still comes is served");
         let (status, body) = get("/readyz");
         let body = http_body_util::BodyExt::collect(body).await.unwrap().to_bytes();
         assert_eq!((status, &body[..]), (503, &b"shutting down\n"[..]));

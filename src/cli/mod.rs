@@ -73,6 +73,16 @@ pub struct Common {
     /// How many slots one tenant may hold [default: all]
     #[arg(long, env = "DINDPOOL_TENANT_SLOTS", value_name = "N")]
     tenant_slots: Option<u32>,
+    /// Client connections in all; what the limit of open files allows is the most
+    /// [default: from the limit of open files]
+    #[arg(long, env = "DINDPOOL_MAX_CONNECTIONS", value_name = "N")]
+    max_connections: Option<u32>,
+    /// Client connections from one address of another machine [default: half of all]
+    #[arg(long, env = "DINDPOOL_MAX_CONNECTIONS_PER_SOURCE", value_name = "N")]
+    max_connections_per_source: Option<u32>,
+    /// How long a client may take to send a request's head [default: 30s]
+    #[arg(long, env = "DINDPOOL_HEAD_DEADLINE", value_name = "TIME")]
+    head_deadline: Option<String>,
     /// Environment variables of a client on this machine that name its session; A+B: both together
     /// [default: CI_JOB_ID, BUILD_TAG, GITHUB_RUN_ID+GITHUB_RUN_ATTEMPT]
     #[arg(long, env = "DINDPOOL_SESSION_ENV", value_name = "NAME", value_delimiter = ',')]
@@ -86,6 +96,9 @@ pub struct Common {
     /// How long connecting to a daemon may take [default: 5s]
     #[arg(long, env = "DINDPOOL_CONNECT_DEADLINE", value_name = "TIME")]
     connect_deadline: Option<String>,
+    /// How long new clients are taken after SIGTERM, while /readyz fails already [default: 5s]
+    #[arg(long, env = "DINDPOOL_SHUTDOWN_DELAY", value_name = "TIME")]
+    shutdown_delay: Option<String>,
     /// How long open streams may go on after SIGTERM [default: 10m]
     #[arg(long, env = "DINDPOOL_SHUTDOWN_GRACE", value_name = "TIME")]
     shutdown_grace: Option<String>,
@@ -119,10 +132,14 @@ impl Common {
             queue_wait: self.queue_wait,
             tenant_waiting: self.tenant_waiting,
             tenant_slots: self.tenant_slots,
+            max_connections: self.max_connections,
+            max_connections_per_source: self.max_connections_per_source,
+            head_deadline: self.head_deadline,
             session_env: some(self.session_env),
             probe_interval: self.probe_interval,
             probe_deadline: self.probe_deadline,
             connect_deadline: self.connect_deadline,
+            shutdown_delay: self.shutdown_delay,
             shutdown_grace: self.shutdown_grace,
             log_format: self.log_format,
             log_level: self.log_level,

@@ -59,6 +59,7 @@ impl Up {
             raw.slots = u32::try_from(cpus / self.daemons.max(1)).ok().map(|n| n.max(4));
         }
         // Ctrl-C at a terminal: nobody waits ten minutes for it.
+        raw.shutdown_delay.get_or_insert_with(|| "0s".into());
         raw.shutdown_grace.get_or_insert_with(|| "5s".into());
         let warn = raw.log_level.is_none();
         let mut settings = raw.validate(false)?;

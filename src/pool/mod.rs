@@ -79,6 +79,19 @@ pub struct Handle {
     /// When listing its images has failed last, if that was the last time.
     unlisted: Mutex<Option<Instant>>,
     about: Mutex<Option<Arc<About>>>,
+    /// Probes in a row that had no answer, and when the first of them was given up.
+    silence: Mutex<Option<(Instant, u32)>>,
+}
+
+/// So many probes in a row without an answer, and nobody should wait for this daemon: one more than eject it.
+const SILENT: u32 = 3;
+
+impl Handle {
+    /// Since when the daemon answers nothing, if it has been asked often enough to be sure. It may have accepted
+    /// connections all the while: a frozen one does.
+    pub fn silent_since(&self) -> Option<Instant> {
+        lock(&self.silence).filter(|(_, probes)| *probes >= SILENT).map(|(since, _)| since)
+    }
 }
 
 /// What the proxy wants of the pool.
@@ -268,6 +281,11 @@ impl Pool {
     /// Whether a daemon is on its way that work may wait for.
     pub fn expects_room(&self) -> bool {
         self.lock().engine.expects_room()
+    }
+
+    /// How many daemons are watched.
+    pub fn size(&self) -> usize {
+        self.lock().daemons.len()
     }
 
     /// Whether at least one daemon takes sessions.
@@ -500,6 +518,7 @@ impl Pool {
                 relist: Notify::new(),
                 unlisted: Mutex::new(None),
                 about: Mutex::new(None),
+                silence: Mutex::new(None),
             });
             let watch = tokio::spawn(watch::watch(self.clone(), handle.clone()));
             state.daemons.insert(id, Member { handle, watch, engine_id: String::new(), alias_of: None });

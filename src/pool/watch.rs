@@ -49,6 +49,7 @@ pub(super) async fn watch(pool: Arc<Pool>, handle: Arc<Handle>) {
                 tokio::time::sleep_until(met + RETRY).await;
             }
             Err(error) => {
+                unanswered(&handle, &error);
                 probed(&pool, &handle, failed(&error));
                 tokio::select! {
                     () = tokio::time::sleep(RETRY) => {}
@@ -66,7 +67,19 @@ fn failed(error: &CallError) -> Probe {
     }
 }
 
+/// Counts the probes that had no answer at all; [`probed`] forgets them with the first that had one.
+fn unanswered(handle: &Handle, error: &CallError) {
+    let mut silence = super::lock(&handle.silence);
+    match error {
+        CallError::Timeout(_) => silence.get_or_insert((std::time::Instant::now(), 0)).1 += 1,
+        _ => *silence = None,
+    }
+}
+
 fn probed(pool: &Pool, handle: &Handle, probe: Probe) {
+    if matches!(probe, Probe::Answered(_)) {
+        *super::lock(&handle.silence) = None;
+    }
     let outcome = match &probe {
         Probe::Answered(_) => "answered",
         Probe::Failed(_) => "failed",
@@ -160,6 +173,7 @@ async fn follow(pool: &Arc<Pool>, handle: &Handle, mut events: Incoming, identit
                     }
                     Err(error) => {
                         let refused = matches!(error, CallError::Refused(_));
+                        unanswered(handle, &error);
                         probed(pool, handle, failed(&error));
                         if refused {
                             return;

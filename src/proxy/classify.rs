@@ -97,6 +97,37 @@ impl Route {
         }
     }
 
+    /// Whether dockerd answers such a request at once, whatever it is about. Others take their time: a build, a
+    /// stop with its grace, a wait, the logs of a silent container.
+    pub fn is_prompt(&self) -> bool {
+        matches!(
+            self.label,
+            "info"
+                | "containers/list"
+                | "containers/create"
+                | "containers/inspect"
+                | "containers/start"
+                | "containers/attach"
+                | "containers/exec"
+                | "containers/kill"
+                | "containers/rename"
+                | "containers/resize"
+                | "containers/top"
+                | "exec/start"
+                | "exec/inspect"
+                | "exec/resize"
+                | "images/list"
+                | "images/inspect"
+                | "images/tag"
+                | "networks/create"
+                | "networks/list"
+                | "networks/inspect"
+                | "volumes/create"
+                | "volumes/list"
+                | "volumes/inspect"
+        )
+    }
+
     fn local(label: &'static str, local: Local) -> Self {
         Route { local: Some(local), ..Route::new(label, Class::Any) }
     }

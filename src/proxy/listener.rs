@@ -6,9 +6,12 @@ use std::sync::Arc;
 use std::time::Duration;
 use std::{fmt, fs, io};
 
+use prometheus::{IntCounter, IntGauge};
 use tokio::net::{TcpListener, UnixListener};
 
 use super::identify::ListenerIdentity;
+use super::limits::{self, Refused, Spare, is_out_of_descriptors};
+use super::relay::Side;
 use super::{Origin, Proxy, serve};
 use crate::metrics::Counted;
 use crate::provision::{Stream, keepalive};
@@ -164,28 +167,84 @@ fn remove_stale(path: &Path) -> io::Result<()> {
 /// Accepts clients until the drain begins.
 pub async fn run(proxy: Arc<Proxy>, identity: Arc<ListenerIdentity>, bound: Bound) {
     let kind = bound.kind();
-    let accepted_total = proxy.metrics.accepted.with_label_values(&[kind]);
+    let accepted = proxy.metrics.accepted.with_label_values(&[kind]);
     let open = proxy.metrics.connections.with_label_values(&[kind]);
+    let door = Door { proxy, identity, accepted, open };
+    let mut spare = Spare::new();
     loop {
         let accepted = tokio::select! {
             accepted = bound.accept() => accepted,
-            () = proxy.drain.stopping() => return,
+            () = door.proxy.drain.stopping() => break,
         };
         match accepted {
-            Ok((stream, origin)) => {
-                accepted_total.inc();
-                let (connection, identity, open) = (proxy.clone(), identity.clone(), open.clone());
+            Ok((stream, origin)) => door.take(stream, origin),
+            Err(error) if is_out_of_descriptors(&error) => {
+                door.proxy.gate.refused(Refused::Descriptors, &door.proxy.metrics);
+                if spare.give_up() {
+                    // Its client is told by the close; without it, it would hang and the listener spin.
+                    drop(now(&bound).await);
+                } else {
+                    tokio::time::sleep(REST).await;
+                }
+                spare.restore();
+            }
+            Err(error) => {
+                // A client that left between SYN and accept is no reason to stop, nor to be busy with it.
+                tracing::warn!("accept on {}: {error}", bound.address());
+                tokio::time::sleep(REST).await;
+            }
+        }
+    }
+    // For the client these are connected: closing the listener would reset them.
+    while let Some(Ok((stream, origin))) = now(&bound).await {
+        door.take(stream, origin);
+    }
+}
+
+/// After a failed accept.
+const REST: Duration = Duration::from_millis(50);
+
+/// A client that waits to be accepted, if there is one.
+async fn now(bound: &Bound) -> Option<io::Result<(Stream, Origin)>> {
+    tokio::time::timeout(Duration::ZERO, bound.accept()).await.ok()
+}
+
+/// What each new client of a listener gets.
+struct Door {
+    proxy: Arc<Proxy>,
+    identity: Arc<ListenerIdentity>,
+    accepted: IntCounter,
+    open: IntGauge,
+}
+
+impl Door {
+    /// Lets a client in, or has it told why not.
+    fn take(&self, stream: Stream, origin: Origin) {
+        self.accepted.inc();
+        let proxy = self.proxy.clone();
+        let source = match origin {
+            Origin::Tcp(client, _) => Some(client.ip()),
+            Origin::Unix(..) => None,
+        };
+        match proxy.gate.enter(source) {
+            Ok(pass) => {
+                let (connection, identity) = (proxy.clone(), self.identity.clone());
+                let open = Counted::new(&self.open);
                 // A panic ends this task and its connection; the guards in it give everything back.
                 proxy.drain.spawn(async move {
-                    let _open = Counted::new(&open);
+                    let _held = (open, pass);
                     serve(connection, identity, stream, origin).await;
                 });
             }
-            Err(error) => {
-                // Out of descriptors, or a client that left between SYN and accept: neither is a reason to
-                // stop. A short rest keeps the former from becoming a busy loop.
-                tracing::warn!("accept on {}: {error}", bound.address());
-                tokio::time::sleep(Duration::from_millis(50)).await;
+            Err(why) => {
+                proxy.gate.refused(why, &proxy.metrics);
+                if let Some(place) = proxy.gate.shed() {
+                    let (told, error) = (proxy.clone(), proxy.gate.error(why));
+                    proxy.drain.spawn(async move {
+                        let _place = place;
+                        limits::tell(&told.pool, Side::new(stream), error).await;
+                    });
+                }
             }
         }
     }

@@ -15,21 +15,16 @@ const UNKNOWN_API: ApiVersion = (1, 41);
 
 /// The answer to `/_ping`. While no daemon takes sessions it is 429 with the reason: the docker CLI goes on and
 /// gets a 503 that says the same, and buildx prints the message and exits 1. Anything else (503 on `/grpc`)
-/// would make buildx fall back to pulling `moby/buildkit`. The same where `full` says that the queue is and the
-/// client has no daemon yet.
-pub fn ping(pool: &Pool, head_only: bool, keep_alive: bool, full: bool) -> Vec<u8> {
+/// would make buildx fall back to pulling `moby/buildkit`. The same with the `refusal` of a
+/// client that cannot be served now.
+pub fn ping(pool: &Pool, head_only: bool, keep_alive: bool, refusal: Option<Error>) -> Vec<u8> {
     let (api, about) = match pool.about(None) {
         Some((_, max, about)) => (max, about),
         None => (UNKNOWN_API, Default::default()),
     };
-    let refusal = if full {
-        let limit = pool.config().engine.queue_limit;
-        let message = format!("the queue is full: {limit} builds wait already; try again later");
-        Some(Error::new(Kind::QueueFull, message))
-    } else {
-        // Work waits for daemons that are on their way.
-        (!pool.is_ready() && !pool.expects_room()).then(|| nobody(pool))
-    };
+    // Work waits for daemons that are on their way.
+    let nobody = || (!pool.is_ready() && !pool.expects_room()).then(|| nobody(pool));
+    let refusal = refusal.or_else(nobody);
     let (status, content_type, body) = match &refusal {
         None => ("200 OK", "text/plain; charset=utf-8", "OK".to_string()),
         Some(error) => ("429 Too Many Requests", "application/json", error.body()),
@@ -60,6 +55,12 @@ pub fn ping(pool: &Pool, head_only: bool, keep_alive: bool, full: bool) -> Vec<u
     let body = if head_only { String::new() } else { body };
     let _ = write!(out, "Content-Length: {}\r\n\r\n{body}", body.len());
     out.into_bytes()
+}
+
+/// The refusal of a client that could only join a queue that is full.
+pub fn queue_full(pool: &Pool) -> Error {
+    let limit = pool.config().engine.queue_limit;
+    Error::new(Kind::QueueFull, format!("the queue is full: {limit} builds wait already; try again later"))
 }
 
 /// Why nobody takes sessions, for a client that asks before it has a session.

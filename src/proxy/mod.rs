@@ -16,22 +16,30 @@ pub mod cancel;
 pub mod classify;
 pub mod identify;
 mod learn;
+pub mod limits;
 pub mod listener;
 mod local;
 pub mod peer;
 pub mod relay;
 mod solve;
+pub mod sweep;
 mod wait;
 
+use std::future::{Future, poll_fn};
 use std::io;
 use std::net::SocketAddr;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::{Duration, Instant};
+
+use tokio::time::{Sleep, sleep, timeout};
 
 use self::cancel::WaitingBuilds;
 use self::classify::{Local, Peek, Prefix, Route, classify};
 use self::identify::{HEADER, Identity, ListenerIdentity, Source, identify};
 use self::learn::{Named, Watcher};
+use self::limits::Gate;
 use self::peer::Peers;
 use self::relay::h2::{self, PREFACE};
 use self::relay::{
@@ -39,6 +47,7 @@ use self::relay::{
     exchange, refuse, tunnel,
 };
 use self::solve::SolveTap;
+use self::sweep::Sweeper;
 use self::wait::{Manner, Told, chunk, wait};
 use crate::drain::Drain;
 use crate::engine::model::{
@@ -67,6 +76,12 @@ pub struct Proxy {
     pub waiting: WaitingBuilds,
     /// Counts connections and tells them to end.
     pub drain: Drain,
+    /// How many clients there may be.
+    pub gate: Arc<Gate>,
+    /// Looks at all open sockets.
+    pub sweeper: Sweeper,
+    /// How long a client may take for a request's head.
+    pub head_deadline: Duration,
     /// What is counted.
     pub metrics: Metrics,
 }
@@ -135,8 +150,13 @@ enum Next {
 
 /// Serves one client connection to its end.
 pub async fn serve(proxy: Arc<Proxy>, listener: Arc<ListenerIdentity>, stream: Stream, origin: Origin) {
-    let mut connection = Connection::new(proxy, listener, Side::new(stream), origin);
-    if connection.first_bytes().await == Next::Close {
+    let mut client = Side::new(stream);
+    if matches!(origin, Origin::Tcp(..)) {
+        client.guard(proxy.sweeper.watch(None));
+    }
+    let mut connection = Connection::new(proxy, listener, client, origin);
+    // Its timer is not held any longer than that.
+    if Box::pin(connection.first_bytes()).await == Next::Close {
         return;
     }
     while connection.next_request().await == Next::Request {}
@@ -149,8 +169,18 @@ impl Connection {
 
     /// Looks at what the client speaks.
     async fn first_bytes(&mut self) -> Next {
-        let Some(first) = self.proxy.drain.unless_stopping(self.client.peek(4)).await else {
+        let deadline = 2 * self.proxy.head_deadline;
+        let first = timeout(deadline, self.client.peek(4));
+        let Some(first) = self.proxy.drain.unless_stopping(first).await else {
             return Next::Close;
+        };
+        let Ok(first) = first else {
+            // To one that has asked nothing, nothing is answered: it may be kept in reserve by its client, which
+            // would take an answer for that to its next request.
+            return match self.client.buffered() {
+                [] => Next::Close,
+                _ => self.refuse(&too_slow("head", deadline), false).await,
+            };
         };
         match first {
             Ok(first) if first.starts_with(b"PRI ") => {
@@ -173,19 +203,13 @@ impl Connection {
             if self.client.peer() != Peer::Open {
                 return false;
             }
-            tokio::time::sleep(Duration::from_millis(50)).await;
+            sleep(Duration::from_millis(50)).await;
         }
         true
     }
 
     async fn next_request(&mut self) -> Next {
-        // A client that has begun a request may end it.
-        let head = if self.client.buffered().is_empty() {
-            self.proxy.drain.unless_stopping(self.client.read_head()).await
-        } else {
-            Some(self.client.read_head().await)
-        };
-        let Some(head) = head else { return Next::Close };
+        let Some(head) = self.head().await else { return Next::Close };
         match head {
             Ok(Some(head)) => {
                 let next = self.request(head).await;
@@ -194,6 +218,26 @@ impl Connection {
             Ok(None) | Err(HeadError::Io(_)) => Next::Close,
             Err(HeadError::Bad(error)) => self.refuse(&error, false).await,
         }
+    }
+
+    /// The next request's head; None if the proxy stops before it has begun. A client that has begun a request may
+    /// end it, within the deadline. There is no timer for one that has not: thousands of connections are idle.
+    async fn head(&mut self) -> Option<Result<Option<RequestHead>, HeadError>> {
+        let Connection { client, proxy, .. } = self;
+        let mut timer: Option<Pin<Box<Sleep>>> = None;
+        poll_fn(|cx| {
+            let head = pin!(client.read_head()).poll(cx);
+            match (head, client.buffered()) {
+                (Poll::Ready(head), _) => return Poll::Ready(Some(head)),
+                (Poll::Pending, []) if proxy.drain.is_stopping() => return Poll::Ready(None),
+                (Poll::Pending, []) => return Poll::Pending,
+                (Poll::Pending, _) => {}
+            }
+            let deadline = proxy.head_deadline;
+            let timer = timer.get_or_insert_with(|| Box::pin(sleep(deadline)));
+            timer.as_mut().poll(cx).map(|()| Some(Err(too_slow("head", deadline).into())))
+        })
+        .await
     }
 
     /// One HTTP/1 request.
@@ -231,11 +275,12 @@ impl Connection {
                     Ok(identity) => self.proxy.pool.refuses(&identity.key),
                     Err(error) => return Err(self.refuse(&error, head_only).await),
                 };
+                let refused = refused.then(|| local::queue_full(&self.proxy.pool));
                 let answer = local::ping(&self.proxy.pool, head_only, keep_alive, refused);
                 return Err(self.answer(&head, answer).await);
             }
             Some(Local::Ping) => {
-                let answer = local::ping(&self.proxy.pool, head_only, keep_alive, false);
+                let answer = local::ping(&self.proxy.pool, head_only, keep_alive, None);
                 return Err(self.answer(&head, answer).await);
             }
             Some(Local::Version) => {
@@ -298,6 +343,7 @@ impl Connection {
         let options = Options { hijack: route.hijack, answered: told.answered };
         let open = Counted::new(&self.proxy.metrics.exchanges);
         let mut watcher = Watcher::new(&lease, route.learn.as_ref(), &named, route.json_stream);
+        daemon.ask(route.is_prompt());
         self.streaming = true;
         let result = exchange(&mut self.client, &mut daemon, &head, options, &mut watcher).await;
         self.streaming = false;
@@ -339,10 +385,17 @@ impl Connection {
             }
             relay::Outcome::DaemonFailed(failure) => {
                 self.done(&route, &who, Some(&lease), started, word(Outcome::DaemonFailed));
-                let error = Error::new(
-                    Kind::DaemonUnreachable,
-                    format!("lost the connection to daemon {}: {}", lease.daemon().id, failure.error),
-                );
+                let id = &lease.daemon().id;
+                let error = match failure.error.kind() {
+                    io::ErrorKind::TimedOut => Error::new(
+                        Kind::DaemonTimeout,
+                        format!("daemon {id} does not answer: {}", failure.error),
+                    ),
+                    _ => Error::new(
+                        Kind::DaemonUnreachable,
+                        format!("lost the connection to daemon {id}: {}", failure.error),
+                    ),
+                };
                 lease.finish(Outcome::DaemonFailed);
                 if failure.before_response {
                     self.tell(&error, head_only, told).await
@@ -488,7 +541,7 @@ impl Connection {
         };
         let mut named = Named { name: route.name.clone(), project: None };
         if let Some(peek) = route.peek {
-            let body = peek_body(&mut self.client, head).await?;
+            let body = peek_body(&mut self.client, head, self.proxy.head_deadline).await?;
             match peek {
                 Peek::Container => {
                     let read = body::container(&body);
@@ -543,7 +596,11 @@ impl Connection {
                 return Ok((lease, side));
             }
             match lease.connect().await {
-                Ok(stream) => return Ok((lease, Side::new(stream))),
+                Ok(stream) => {
+                    let mut side = Side::new(stream);
+                    side.guard(self.proxy.sweeper.watch(Some(lease.daemon().clone())));
+                    return Ok((lease, side));
+                }
                 // Our own want of descriptors or ports is no daemon's fault.
                 Err(error) if is_own_fault(&error) => {
                     lease.finish(Outcome::Aborted);
@@ -628,7 +685,10 @@ impl Connection {
 
 /// The request's body without consuming it, as far as its framing tells. A body of great length is left alone:
 /// the request is then placed without it.
-async fn peek_body(client: &mut Side, head: &RequestHead) -> Result<Vec<u8>, Error> {
+///
+/// # Errors
+/// When the client leaves, breaks its framing, or sends nothing for `deadline`.
+async fn peek_body(client: &mut Side, head: &RequestHead, deadline: Duration) -> Result<Vec<u8>, Error> {
     let gone = |_: io::Error| Error::new(Kind::BadRequest, "the client left while it sent its request");
     let small = match head.framing {
         Framing::Length(length) => length <= MAX_PEEK as u64,
@@ -644,13 +704,19 @@ async fn peek_body(client: &mut Side, head: &RequestHead) -> Result<Vec<u8>, Err
     }
     let (mut body, mut seen, mut payload) = (relay::Body::new(head.framing), 0, Vec::new());
     while !body.is_complete() {
-        let bytes = client.peek(seen + 1).await.map_err(gone)?;
+        let bytes = timeout(deadline, client.peek(seen + 1)).await;
+        let bytes = bytes.map_err(|_| too_slow("body", deadline))?.map_err(gone)?;
         if bytes.len() <= seen || seen > MAX_PEEK {
             return Ok(Vec::new());
         }
         seen += body.feed(&bytes[seen..], |part| payload.extend_from_slice(part))?;
     }
     Ok(payload)
+}
+
+fn too_slow(part: &str, deadline: Duration) -> Error {
+    let seconds = deadline.as_secs_f64();
+    Error::new(Kind::RequestTimeout, format!("the request's {part} did not come within {seconds} s"))
 }
 
 /// The header by which `/session` says which BuildKit session it is.
@@ -749,7 +815,7 @@ fn without_prefix(head: RequestHead, length: usize) -> Result<RequestHead, Error
 /// Sends the upgrade request that the proxy has already answered, and takes in the daemon's 101.
 async fn upgrade(daemon: &mut Side, head: &RequestHead) -> io::Result<()> {
     // A frozen daemon accepts connections; nobody watches the client here, and its slot must come free.
-    tokio::time::timeout(UPGRADE, upgraded(daemon, head))
+    timeout(UPGRADE, upgraded(daemon, head))
         .await
         .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, "no answer to the upgrade in time")))
 }
@@ -792,7 +858,8 @@ mod tests {
             read_until(&mut far, "HTTP/1.1 100 Continue\r\n\r\n").await;
             say(&mut far, r#"{"Image":"app"}"#).await;
         };
-        let (body, ()) = soon(async { tokio::join!(peek_body(&mut client, &head), sender) }).await;
+        let (body, ()) =
+            soon(async { tokio::join!(peek_body(&mut client, &head, Duration::from_secs(9)), sender) }).await;
         assert_eq!(body::container(&body.unwrap()).image.as_deref(), Some("docker.io/library/app:latest"));
         assert_eq!(client.buffered().len(), 15, "the body stays for the daemon");
     }
@@ -808,10 +875,15 @@ mod tests {
                 tokio::task::yield_now().await;
             }
         };
-        let (body, ()) = soon(async { tokio::join!(peek_body(&mut client, &head), sender) }).await;
+        let (body, ()) =
+            soon(async { tokio::join!(peek_body(&mut client, &head, Duration::from_secs(9)), sender) }).await;
         assert_eq!(body.unwrap(), b"{\"a\":1}");
         let head = self::head("POST /volumes/create HTTP/1.1\nContent-Length: 0\n\n");
-        assert_eq!(soon(peek_body(&mut client, &head)).await.unwrap(), b"", "nothing is waited for");
+        assert_eq!(
+            soon(peek_body(&mut client, &head, Duration::from_secs(9))).await.unwrap(),
+            b"",
+            "nothing is waited for"
+        );
     }
 
     #[tokio::test]
@@ -824,6 +896,9 @@ mod tests {
                 peers: Arc::new(Peers::new(&[])),
                 waiting: WaitingBuilds::default(),
                 drain: Drain::new(),
+                gate: Gate::new(limits::Limits::default(), 1024),
+                sweeper: Sweeper::default(),
+                head_deadline: Duration::from_secs(30),
                 metrics,
             };
             let listener = ListenerIdentity { tenant: "default".into(), session: None };

@@ -131,6 +131,23 @@ impl Pool {
             .count()
     }
 
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.process.id()
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.process.id() as i32), signal).expect("the pool lives");
+    }
+
+    /// The value of one series of `/metrics`; 0 if it has none.
+    pub fn metric(&self, series: &str) -> f64 {
+        let text = self.admin("/metrics").text();
+        let line = text.lines().find_map(|l| l.strip_prefix(series)?.strip_prefix(' '));
+        line.and_then(|value| value.parse().ok()).unwrap_or(0.0)
+    }
+
     /// Its log so far.
     pub fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
@@ -240,6 +257,7 @@ impl PoolBuilder {
         }
         let mut process = command
             .args(&self.args)
+            .env("DINDPOOL_SHUTDOWN_DELAY", "0s")
             .env("DINDPOOL_SHUTDOWN_GRACE", "2s") // streams that a test leaves open are not waited for
             .envs(self.env)
             .stdin(Stdio::null())

@@ -11,10 +11,12 @@ use std::future::poll_fn;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsRawFd, RawFd};
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use super::guard::Guard;
 use super::head::{RequestHead, ResponseHead, Scanner};
 use crate::error::Error;
 use crate::provision::Stream;
@@ -68,6 +70,13 @@ pub struct Side {
     scanner: Scanner,
     eof: bool,
     fin_sent: bool,
+    guard: Option<Arc<Guard>>,
+}
+
+impl Drop for Side {
+    fn drop(&mut self) {
+        self.unguard();
+    }
 }
 
 impl Side {
@@ -82,11 +91,33 @@ impl Side {
             scanner: Scanner::default(),
             eof: false,
             fin_sent: false,
+            guard: None,
+        }
+    }
+
+    /// Lets `guard` see the socket, and end it.
+    pub fn guard(&mut self, guard: Arc<Guard>) {
+        guard.set(self.fd());
+        self.guard = Some(guard);
+    }
+
+    /// To be called before the socket is closed: its number may be another's at once.
+    fn unguard(&mut self) {
+        if let Some(guard) = self.guard.take() {
+            guard.set(None);
+        }
+    }
+
+    /// A request is about to be sent; `prompt` if the peer will answer it at once.
+    pub fn ask(&self, prompt: bool) {
+        if let Some(guard) = &self.guard {
+            guard.ask(prompt);
         }
     }
 
     /// Gives the socket back, and what had been read from it, for another protocol (TLS) to take over.
     pub fn into_parts(mut self) -> (Option<Stream>, Vec<u8>) {
+        self.unguard();
         let unread = self.buffered().to_vec();
         (self.stream.take(), unread)
     }
@@ -215,6 +246,7 @@ impl Side {
 
     /// Closes both directions; what the kernel has accepted is still delivered.
     pub fn close(&mut self) {
+        self.unguard();
         self.stream = None;
         (self.input, self.consumed) = (Vec::new(), 0);
         (self.output, self.written) = (Vec::new(), 0);
@@ -339,12 +371,19 @@ impl Side {
 
     fn poll_read(&mut self, cx: &mut Context<'_>, into: &mut [u8]) -> Poll<io::Result<usize>> {
         let mut buf = ReadBuf::new(into);
-        match self.stream.as_mut() {
-            Some(Stream::Tcp(stream)) => ready!(Pin::new(stream).poll_read(cx, &mut buf))?,
-            Some(Stream::Unix(stream)) => ready!(Pin::new(stream).poll_read(cx, &mut buf))?,
+        let result = match self.stream.as_mut() {
+            Some(Stream::Tcp(stream)) => ready!(Pin::new(stream).poll_read(cx, &mut buf)),
+            Some(Stream::Unix(stream)) => ready!(Pin::new(stream).poll_read(cx, &mut buf)),
             None => return Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
+        };
+        let n = buf.filled().len();
+        match &self.guard {
+            Some(guard) if n > 0 => guard.answered(),
+            // An end that was made from outside is not the peer's.
+            Some(guard) if let Some(error) = guard.error() => return Poll::Ready(Err(error)),
+            _ => {}
         }
-        Poll::Ready(Ok(buf.filled().len()))
+        Poll::Ready(result.map(|()| n))
     }
 
     /// Writes as much as the kernel takes now and keeps the rest for [`Side::poll_flush`]. Only to be called

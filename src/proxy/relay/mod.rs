@@ -45,6 +45,7 @@
 //! - **up** is from the client to the daemon, **down** from the daemon to the client.
 //! - **held**: bytes behind a hijack's request that nobody may interpret before the daemon has answered.
 //!   **pipelined**: bytes of the next request.
+//! - **guard** ([`Guard`]): what a task outside sees of a side's socket. **fate**: why it ended that.
 //! - **refuse**: answer, FIN, bounded drain. **abort**: close with RST.
 //!
 //! Large bodies are copied through a scratch buffer of the thread. splice(2) would go into [`Side`], as another
@@ -52,6 +53,7 @@
 
 pub mod exchange;
 pub mod framing;
+pub mod guard;
 pub mod h2;
 pub mod head;
 pub mod io;
@@ -62,6 +64,7 @@ pub(super) mod testing;
 
 pub use exchange::{DaemonFailure, Exchange, Observer, Options, Outcome, exchange, refuse};
 pub use framing::Body;
+pub use guard::{Asked, Fate, Guard};
 pub use head::{Framing, MAX_HEAD, RequestHead, ResponseHead, Version};
 pub use io::{HeadError, Peer, Side};
 pub use tunnel::{Tap, TunnelCause, TunnelEnd, TunnelKind, Verdict, tunnel};
