@@ -6,10 +6,9 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use anyhow::Context;
-use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
-use crate::admin;
+use crate::admin::{self, Admin};
 use crate::config::{Listener, Settings};
 use crate::drain::Drain;
 use crate::metrics::Metrics;
@@ -25,7 +24,7 @@ use crate::proxy::sweep::{self, Sweeper};
 /// Bound sockets, so that every fault of an address is known before anything starts.
 pub struct Sockets {
     listeners: Vec<(Listener, Bound)>,
-    admin: TcpListener,
+    admin: Vec<Bound>,
 }
 
 impl Sockets {
@@ -42,16 +41,14 @@ impl Sockets {
                 Err(error) => faults.push(format!("cannot listen on {}: {error}", listener.address)),
             }
         }
-        let admin = match TcpListener::bind(&settings.admin).await {
-            Ok(admin) => Some(admin),
-            Err(error) => {
-                faults.push(format!("cannot listen on {} (admin): {error}", settings.admin));
-                None
+        let mut admin = Vec::new();
+        for address in &settings.admin {
+            match Bound::admin(address).await {
+                Ok(bound) => admin.push(bound),
+                Err(error) => faults.push(format!("cannot listen on {address} (admin): {error}")),
             }
-        };
-        let (Some(admin), true) = (admin, faults.is_empty()) else {
-            anyhow::bail!("{}", faults.join("\n"));
-        };
+        }
+        anyhow::ensure!(faults.is_empty(), "{}", faults.join("\n"));
         Ok(Sockets { listeners, admin })
     }
 
@@ -66,8 +63,8 @@ impl Sockets {
                 );
             }
         }
-        if let Ok(address) = self.admin.local_addr() {
-            say(&format!("admin on http://{address}"));
+        for bound in &self.admin {
+            say(&format!("admin on {}", bound.address().replace("tcp://", "http://")));
         }
     }
 
@@ -114,7 +111,9 @@ pub async fn run(
     count_panics(metrics.panics);
     let Running { observations, stop, stopped } = provisioner;
     let pool_task = tokio::spawn(pool.clone().run(observations));
-    let admin_task = tokio::spawn(admin::run(sockets.admin, pool.clone(), proxy.drain.clone()));
+    let admin = Arc::new(Admin::new(pool.clone(), proxy.drain.clone(), settings.admin_token.clone()));
+    let admins: Vec<_> =
+        sockets.admin.into_iter().map(|bound| tokio::spawn(admin::run(bound, admin.clone()))).collect();
     let mut listeners = JoinSet::new();
     for (listener, bound) in sockets.listeners {
         listeners.spawn(listener::run(proxy.clone(), Arc::new(listener.identity), bound));
@@ -143,7 +142,7 @@ pub async fn run(
     pool.stop();
     let _ = stop.send(());
     let _ = stopped.await;
-    admin_task.abort();
+    admins.iter().for_each(|task| task.abort());
     tracing::info!("stopped");
     Ok(())
 }

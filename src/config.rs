@@ -5,11 +5,12 @@
 //! A flag wins over its variable, that over the file, that over the default.
 
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use toml::Value;
 
+use crate::admin::token::Token;
 use crate::pool;
 use crate::provision::fixed::{self, FixedAddress};
 use crate::proxy::identify::ListenerIdentity;
@@ -23,7 +24,7 @@ pub const DEFAULT_LISTEN: &str = "tcp://0.0.0.0:2375";
 pub const DEFAULT_ADMIN: &str = "127.0.0.1:9375";
 
 /// Sums of durations are computed with, and must not overflow.
-const MAX_DURATION: Duration = Duration::from_secs(366 * 24 * 3600);
+pub(crate) const MAX_DURATION: Duration = Duration::from_secs(366 * 24 * 3600);
 
 /// A listener as it was typed.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -42,7 +43,9 @@ pub struct Raw {
     /// Where clients connect.
     pub listen: Option<Vec<RawListener>>,
     /// Where `/metrics`, `/status` and the probes are.
-    pub admin: Option<String>,
+    pub admin: Option<Vec<String>>,
+    /// The file of the token that allows changes over TCP.
+    pub admin_token_file: Option<PathBuf>,
     /// Fixed daemons.
     pub daemons: Option<Vec<String>>,
     /// Slots of each daemon.
@@ -101,8 +104,10 @@ pub struct Listener {
 pub struct Settings {
     /// Where clients connect.
     pub listen: Vec<Listener>,
-    /// Where the admin listener is; port 0 takes a free one.
-    pub admin: String,
+    /// Where the admin listeners are; port 0 takes a free one.
+    pub admin: Vec<Address>,
+    /// Who may change the pool over TCP.
+    pub admin_token: Option<Token>,
     /// Fixed daemons.
     pub daemons: Vec<FixedAddress>,
     /// How the pool behaves.
@@ -140,6 +145,7 @@ impl std::error::Error for Faults {}
 const KEYS: &[&str] = &[
     "listen",
     "admin",
+    "admin_token_file",
     "daemons",
     "slots",
     "session_grace",
@@ -186,7 +192,8 @@ impl Raw {
         for (key, value) in table {
             let result = match key.as_str() {
                 "listen" => listeners(value).map(|v| raw.listen = Some(v)),
-                "admin" => text_of(value).map(|v| raw.admin = Some(v)),
+                "admin" => one_or_many(value).map(|v| raw.admin = Some(v)),
+                "admin_token_file" => text_of(value).map(|v| raw.admin_token_file = Some(v.into())),
                 "daemons" => texts(value).map(|v| raw.daemons = Some(v)),
                 "slots" => number(value).map(|v| raw.slots = Some(v)),
                 "session_grace" => text_of(value).map(|v| raw.session_grace = Some(v)),
@@ -225,6 +232,7 @@ impl Raw {
         Raw {
             listen: self.listen.or(under.listen),
             admin: self.admin.or(under.admin),
+            admin_token_file: self.admin_token_file.or(under.admin_token_file),
             daemons: self.daemons.or(under.daemons),
             slots: self.slots.or(under.slots),
             session_grace: self.session_grace.or(under.session_grace),
@@ -341,16 +349,21 @@ impl Raw {
         if log_level.parse::<tracing_subscriber::filter::EnvFilter>().is_err() {
             faults.push(format!("log_level: {log_level} is no filter; use info, debug or dindpool=debug"));
         }
-        let admin = self.admin.unwrap_or_else(|| DEFAULT_ADMIN.into());
-        if admin.rsplit_once(':').is_none_or(|(_, port)| port.parse::<u16>().is_err()) {
-            faults.push(format!("admin: {admin} is no address; use 127.0.0.1:9375"));
+        let admin = self.admin.unwrap_or_else(|| vec![DEFAULT_ADMIN.into()]);
+        if admin.is_empty() {
+            faults.push("admin: no address; leave it out for the default, 127.0.0.1:9375".into());
         }
+        let admin = admin.iter().filter_map(|a| admin_address(a, &mut faults)).collect();
+        let token = self.admin_token_file.as_deref().map(Token::read);
+        let admin_token =
+            token.and_then(|t| t.map_err(|fault| faults.push(format!("admin_token_file: {fault}"))).ok());
         if !faults.is_empty() {
             return Err(Faults(faults));
         }
         Ok(Settings {
             listen,
             admin,
+            admin_token,
             daemons,
             pool,
             limits,
@@ -398,6 +411,24 @@ pub fn duration(text: &str) -> Option<Duration> {
         _ => return None,
     };
     Duration::try_from_secs_f64(seconds).ok()
+}
+
+fn admin_address(text: &str, faults: &mut Vec<String>) -> Option<Address> {
+    if text.starts_with("unix://") {
+        return text.parse().map_err(|fault| faults.push(format!("admin: {fault}"))).ok();
+    }
+    if text.rsplit_once(':').is_none_or(|(_, port)| port.parse::<u16>().is_err()) {
+        faults.push(format!("admin: {text} is no address; use 127.0.0.1:9375 or unix:///path"));
+        return None;
+    }
+    Some(Address::Tcp(text.to_string()))
+}
+
+fn one_or_many(value: Value) -> Result<Vec<String>, String> {
+    match value {
+        Value::Array(_) => texts(value),
+        one => text_of(one).map(|text| vec![text]),
+    }
 }
 
 fn text_of(value: Value) -> Result<String, String> {

@@ -2,7 +2,7 @@
 //! rest by force.
 
 use std::future::{Future, poll_fn};
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::Poll;
@@ -23,19 +23,47 @@ pub struct Drain {
 /// Given once. The flag is what is looked at on every request and every wake-up: looking at a token takes a
 /// lock that all connections share.
 #[derive(Debug, Clone, Default)]
-struct Signal {
+pub struct Signal {
     given: Arc<AtomicBool>,
     token: CancellationToken,
 }
 
 impl Signal {
-    fn give(&self) {
+    /// Gives it.
+    pub fn give(&self) {
         self.given.store(true, Ordering::Release);
         self.token.cancel();
     }
 
-    fn is_given(&self) -> bool {
+    /// Whether it has been given.
+    pub fn is_given(&self) -> bool {
         self.given.load(Ordering::Acquire)
+    }
+
+    /// Runs `work`, which looks at the signal by itself, and wakes it when the signal is given.
+    /// It is pinned by the caller, or there would be room for it twice.
+    pub async fn wakes<T>(&self, mut work: Pin<&mut impl Future<Output = T>>) -> T {
+        let mut wake = pin!(self.token.cancelled());
+        let mut watching = false;
+        poll_fn(|cx| {
+            // Asked once, as in [`Drain::spawn`].
+            if !watching {
+                watching = true;
+                let _ = wake.as_mut().poll(cx);
+            }
+            work.as_mut().poll(cx)
+        })
+        .await
+    }
+
+    /// Runs `work`, and drops it where it stands when the signal is given: `None` then.
+    pub async fn cuts<T>(&self, mut work: Pin<&mut impl Future<Output = T>>) -> Option<T> {
+        self.wakes(pin!(poll_fn(|cx| match work.as_mut().poll(cx) {
+            Poll::Ready(value) => Poll::Ready(Some(value)),
+            Poll::Pending if self.is_given() => Poll::Ready(None),
+            Poll::Pending => Poll::Pending,
+        })))
+        .await
     }
 }
 

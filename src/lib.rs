@@ -6,7 +6,7 @@
 //! ```text
 //! main → cli → app (composition root)
 //! app → everything below
-//! admin → pool, metrics        /metrics /livez /readyz /status
+//! admin → pool, metrics        /metrics /livez /readyz /status, cordon and drain
 //! proxy → pool, error, metrics
 //! pool  → engine, provision (the contract), error, metrics
 //! provision → error

@@ -17,7 +17,7 @@ fn main() -> ExitCode {
     let result = cli::run(Cli::parse());
     telemetry::flush();
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("dindpool: {error:#}");
             ExitCode::FAILURE

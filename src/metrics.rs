@@ -19,6 +19,7 @@ pub struct Metrics {
     registry: Registry,
     daemons: IntGaugeVec,
     daemon_up: IntGaugeVec,
+    daemon_cordoned: IntGaugeVec,
     slots: IntGaugeVec,
     slots_used: IntGaugeVec,
     strangers: IntGaugeVec,
@@ -70,6 +71,8 @@ pub struct Metrics {
     pub probes: IntCounterVec,
     /// Changes of a daemon's standing, by what it became.
     pub transitions: IntCounterVec,
+    /// Drains that ended, by how (`idle`, `cut`, `uncordoned`).
+    pub drains: IntCounterVec,
     /// Requests that were tried on another daemon because the first could not be reached.
     pub retries: IntCounter,
 }
@@ -128,6 +131,11 @@ impl Metrics {
         Ok(Metrics {
             daemons: gauges("dindpool_daemons", "Daemons by state and health.", &["state", "health"])?,
             daemon_up: gauges("dindpool_daemon_up", "Whether a daemon takes sessions.", &["daemon"])?,
+            daemon_cordoned: gauges(
+                "dindpool_daemon_cordoned",
+                "Whether a daemon is cordoned or drained.",
+                &["daemon"],
+            )?,
             slots: gauges("dindpool_slots", "Slots of a daemon.", &["daemon"])?,
             strangers: gauges(
                 "dindpool_daemon_strangers",
@@ -197,6 +205,7 @@ impl Metrics {
                 "Changes of a daemon's state or health, by what it became.",
                 &["became"],
             )?,
+            drains: counters("dindpool_drains_total", "Drains that ended, by how.", &["result"])?,
             retries: counter(
                 "dindpool_retries_total",
                 "Requests tried on another daemon because the first was not reached.",
@@ -211,8 +220,14 @@ impl Metrics {
         let _one = self.rendering.lock().unwrap_or_else(PoisonError::into_inner);
         self.daemons.reset();
         // A daemon that has gone leaves no series behind.
-        for gauge in [&self.daemon_up, &self.slots, &self.slots_used, &self.strangers, &self.daemon_sessions]
-        {
+        for gauge in [
+            &self.daemon_up,
+            &self.daemon_cordoned,
+            &self.slots,
+            &self.slots_used,
+            &self.strangers,
+            &self.daemon_sessions,
+        ] {
             gauge.reset();
         }
         for state in ["starting", "ready", "draining"] {
@@ -221,10 +236,11 @@ impl Metrics {
             }
         }
         for daemon in &status.daemons {
-            let up = daemon.state == State::Ready && daemon.health == Health::Healthy;
+            let up = daemon.takes_sessions();
             self.daemons.with_label_values(&[state_word(daemon.state), health_word(daemon.health)]).inc();
             let id = &[daemon.id.as_str()];
             self.daemon_up.with_label_values(id).set(i64::from(up));
+            self.daemon_cordoned.with_label_values(id).set(i64::from(daemon.cordoned));
             self.slots.with_label_values(id).set(i64::from(daemon.slots));
             self.slots_used.with_label_values(id).set(i64::from(daemon.used));
             self.strangers.with_label_values(id).set(i64::from(daemon.strangers));

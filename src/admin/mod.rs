@@ -1,42 +1,84 @@
-//! The admin listener: `/metrics`, `/livez`, `/readyz`, `/status`. Nothing here changes anything.
+//! The admin listeners. Everybody may look: `/metrics`, `/livez`, `/readyz`, `/status`. Changing takes the token,
+//! or the admin's Unix socket:
+//!
+//! ```text
+//! POST /daemons/ID/cordon
+//! POST /daemons/ID/uncordon
+//! POST /daemons/ID/drain?deadline=10m     progress as JSON lines; goes on when its client leaves
+//! GET  /daemons/ID/drain                  how far it is
+//! ```
+
+pub mod token;
 
 use std::convert::Infallible;
-use std::sync::Arc;
+use std::pin::Pin;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::task::{Context, Poll};
+use std::time::Duration;
 
 use bytes::Bytes;
-use http_body_util::Full;
-use hyper::header::{CONTENT_TYPE, HeaderValue};
+use http_body_util::{Either, Full};
+use hyper::body::{Body, Frame};
+use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HeaderValue};
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
+use percent_encoding::percent_decode_str;
+use tokio::sync::{Semaphore, mpsc};
 
+use crate::config::{MAX_DURATION, duration};
 use crate::drain::Drain;
+use crate::engine::model::{CordonedBy, DaemonId};
 use crate::pool::Pool;
+use crate::pool::cordon::Unknown;
+use crate::proxy::classify::parameter;
+use crate::proxy::listener::Bound;
+use token::Token;
 
 /// How many connections it takes at the same time; the descriptors kept back for them are counted in
 /// `proxy/limits.rs`.
 const CONNECTIONS: usize = 32;
 
-/// Serves the admin listener until it is dropped.
-pub async fn run(listener: TcpListener, pool: Arc<Pool>, drain: Drain) {
-    let room = Arc::new(Semaphore::new(CONNECTIONS));
+/// A drain without a deadline of its own.
+pub const DEADLINE: Duration = Duration::from_secs(600);
+
+const TEXT: &str = "text/plain; charset=utf-8";
+const JSON: &str = "application/json";
+const JSON_LINES: &str = "application/x-ndjson";
+
+type Answer = Response<Either<Full<Bytes>, Lines>>;
+
+/// What the admin listeners show and change.
+pub struct Admin {
+    /// The pool.
+    pub pool: Arc<Pool>,
+    /// Whether the proxy is shutting down.
+    pub drain: Drain,
+    /// Who may change the pool over TCP; nobody without one.
+    pub token: RwLock<Option<Token>>,
+    /// For connections of all admin listeners together.
+    room: Arc<Semaphore>,
+}
+
+/// Serves an admin listener until it is dropped.
+pub async fn run(bound: Bound, admin: Arc<Admin>) {
+    // The socket's file mode has decided who gets this far.
+    let trusted = matches!(bound, Bound::Unix(..));
     loop {
-        let stream = match listener.accept().await {
+        let stream = match bound.accept().await {
             Ok((stream, _)) => stream,
             Err(error) => {
                 tracing::warn!("accept on the admin listener: {error}");
-                tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+                tokio::time::sleep(Duration::from_millis(50)).await;
                 continue;
             }
         };
         // Closed at once: a probe that finds no room is repeated, one that waits for it hangs.
-        let Ok(place) = room.clone().try_acquire_owned() else { continue };
-        let (pool, drain) = (pool.clone(), drain.clone());
+        let Ok(place) = admin.room.clone().try_acquire_owned() else { continue };
+        let admin = admin.clone();
         tokio::spawn(async move {
             let service = service_fn(move |request| {
-                let response = answer(&pool, &drain, &request);
+                let response = admin.answer(&request, trusted);
                 async move { Ok::<_, Infallible>(response) }
             });
             let _place = place;
@@ -50,40 +92,155 @@ pub async fn run(listener: TcpListener, pool: Arc<Pool>, drain: Drain) {
     }
 }
 
-fn answer<B>(pool: &Pool, drain: &Drain, request: &Request<B>) -> Response<Full<Bytes>> {
-    if !matches!(*request.method(), Method::GET | Method::HEAD) {
-        return reply(StatusCode::METHOD_NOT_ALLOWED, "text/plain; charset=utf-8", "only GET\n");
+impl Admin {
+    /// The admin side of a pool, and of the proxy whose end `drain` tells.
+    pub fn new(pool: Arc<Pool>, drain: Drain, token: Option<Token>) -> Self {
+        Admin { pool, drain, token: RwLock::new(token), room: Arc::new(Semaphore::new(CONNECTIONS)) }
     }
-    match request.uri().path() {
-        "/metrics" => {
-            let text = pool.metrics().render(&pool.status());
-            reply(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", text)
+
+    fn answer<B>(&self, request: &Request<B>, trusted: bool) -> Answer {
+        match *request.method() {
+            Method::GET | Method::HEAD => self.show(request),
+            Method::POST => match self.why_not(request, trusted) {
+                None => self.change(request),
+                Some((status, why)) => message(status, why),
+            },
+            _ => message(StatusCode::METHOD_NOT_ALLOWED, "only GET, and POST for changes"),
         }
-        "/livez" => reply(StatusCode::OK, "text/plain; charset=utf-8", "ok\n"),
-        // Whoever sends clients here must stop before the listeners are gone for good.
-        "/readyz" if drain.is_leaving() => {
-            reply(StatusCode::SERVICE_UNAVAILABLE, "text/plain; charset=utf-8", "shutting down\n")
-        }
-        "/readyz" if pool.is_ready() => reply(StatusCode::OK, "text/plain; charset=utf-8", "ok\n"),
-        "/readyz" => {
-            reply(StatusCode::SERVICE_UNAVAILABLE, "text/plain; charset=utf-8", "no healthy daemon\n")
-        }
-        "/status" => match serde_json::to_string(&pool.status()) {
-            Ok(json) => reply(StatusCode::OK, "application/json", json),
-            Err(error) => {
-                reply(StatusCode::INTERNAL_SERVER_ERROR, "text/plain; charset=utf-8", error.to_string())
+    }
+
+    fn show<B>(&self, request: &Request<B>) -> Answer {
+        match request.uri().path() {
+            "/metrics" => {
+                let text = self.pool.metrics().render(&self.pool.status());
+                reply(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", text)
             }
-        },
-        _ => reply(
-            StatusCode::NOT_FOUND,
-            "text/plain; charset=utf-8",
-            "dindpool: /metrics /livez /readyz /status\n",
-        ),
+            "/livez" => reply(StatusCode::OK, TEXT, "ok\n"),
+            // Whoever sends clients here must stop before the listeners are gone for good.
+            "/readyz" if self.drain.is_leaving() => {
+                reply(StatusCode::SERVICE_UNAVAILABLE, TEXT, "shutting down\n")
+            }
+            "/readyz" if self.pool.is_ready() => reply(StatusCode::OK, TEXT, "ok\n"),
+            "/readyz" => reply(StatusCode::SERVICE_UNAVAILABLE, TEXT, "no healthy daemon\n"),
+            "/status" => match serde_json::to_string(&self.pool.status()) {
+                Ok(json) => reply(StatusCode::OK, JSON, json),
+                Err(error) => reply(StatusCode::INTERNAL_SERVER_ERROR, TEXT, error.to_string()),
+            },
+            path => match target(path) {
+                Some((daemon, "drain")) => {
+                    reply(StatusCode::OK, JSON_LINES, line(&self.pool.drain_progress(&daemon)))
+                }
+                _ => reply(StatusCode::NOT_FOUND, TEXT, "dindpool: /metrics /livez /readyz /status\n"),
+            },
+        }
+    }
+
+    /// Why a request may not change the pool.
+    fn why_not<B>(&self, request: &Request<B>, trusted: bool) -> Option<(StatusCode, &'static str)> {
+        if trusted {
+            return None;
+        }
+        let token = self.token.read().unwrap_or_else(PoisonError::into_inner);
+        let Some(token) = token.as_ref() else {
+            let why = "this listener changes nothing: give dindpool an --admin-token-file, or a Unix socket to \
+                       change it by (--admin unix:///path)";
+            return Some((StatusCode::FORBIDDEN, why));
+        };
+        match request.headers().get(AUTHORIZATION) {
+            None => {
+                let why = "changing the pool needs its token: Authorization: Bearer TOKEN (dindpool's own \
+                           commands read it from --token-file)";
+                Some((StatusCode::UNAUTHORIZED, why))
+            }
+            Some(given) if token.is_proved_by(given.as_bytes()) => None,
+            Some(_) => {
+                tracing::warn!("a wrong token on the admin listener");
+                Some((StatusCode::FORBIDDEN, "this is not the pool's token"))
+            }
+        }
+    }
+
+    fn change<B>(&self, request: &Request<B>) -> Answer {
+        let by = CordonedBy::Operator;
+        let done = match target(request.uri().path()) {
+            Some((daemon, "cordon")) => self.pool.cordon(&daemon, by),
+            Some((daemon, "uncordon")) => self.pool.uncordon(&daemon, by),
+            Some((daemon, "drain")) => {
+                let given = request.uri().query().and_then(|query| parameter(query, "deadline"));
+                let within = given.as_deref().map_or(Some(DEADLINE), duration).filter(|d| *d <= MAX_DURATION);
+                let Some(within) = within else {
+                    return message(StatusCode::BAD_REQUEST, "deadline: no duration; use 30s, 10m or 2h");
+                };
+                match self.pool.drain(&daemon, within) {
+                    Ok(()) => return follow(self.pool.clone(), daemon),
+                    Err(unknown) => Err(unknown),
+                }
+            }
+            _ => return message(StatusCode::NOT_FOUND, "POST /daemons/ID/cordon, /uncordon or /drain"),
+        };
+        match done {
+            Ok(()) => reply(StatusCode::OK, JSON, "{}\n"),
+            Err(Unknown(names)) => {
+                let known = if names.is_empty() { "none".into() } else { names.join(", ") };
+                message(StatusCode::NOT_FOUND, &format!("no such daemon; there are: {known}"))
+            }
+        }
     }
 }
 
-fn reply(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::new(body.into()));
+/// `/daemons/ID/VERB`; an id with a slash in it is percent-encoded.
+fn target(path: &str) -> Option<(DaemonId, &str)> {
+    let (id, verb) = path.strip_prefix("/daemons/")?.rsplit_once('/')?;
+    let id = percent_decode_str(id).decode_utf8().ok()?;
+    Some((DaemonId::from(&*id), verb))
+}
+
+/// Tells how a drain goes, to its end or until the client leaves; the drain itself goes on.
+fn follow(pool: Arc<Pool>, daemon: DaemonId) -> Answer {
+    let (lines, body) = mpsc::channel(1);
+    tokio::spawn(async move {
+        let mut told = None;
+        loop {
+            let progress = tokio::select! {
+                progress = pool.drain_advances(&daemon, told.as_ref()) => progress,
+                () = lines.closed() => return,
+            };
+            if lines.send(Bytes::from(line(&progress))).await.is_err() || progress.is_end() {
+                return;
+            }
+            told = Some(progress);
+        }
+    });
+    let mut response = Response::new(Either::Right(Lines(body)));
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(JSON_LINES));
+    response
+}
+
+/// A body of lines that come when there is something to tell.
+struct Lines(mpsc::Receiver<Bytes>);
+
+impl Body for Lines {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        self.get_mut().0.poll_recv(cx).map(|line| line.map(|line| Ok(Frame::data(line))))
+    }
+}
+
+fn line(value: &impl serde::Serialize) -> String {
+    serde_json::to_string(value).unwrap_or_default() + "\n"
+}
+
+fn message(status: StatusCode, text: &str) -> Answer {
+    reply(status, JSON, line(&serde_json::json!({ "message": text })))
+}
+
+fn reply(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>) -> Answer {
+    let mut response = Response::new(Either::Left(Full::new(body.into())));
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
     response
@@ -91,25 +248,61 @@ fn reply(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>)
 
 #[cfg(test)]
 mod tests {
+    use http_body_util::BodyExt;
+
     use super::*;
     use crate::metrics::Metrics;
 
+    fn admin() -> Admin {
+        let metrics = Metrics::new(prometheus::Registry::new()).unwrap();
+        Admin::new(Pool::new(crate::pool::Config::default(), metrics, 1), Drain::new(), None)
+    }
+
+    async fn ask(
+        admin: &Admin,
+        method: Method,
+        path: &str,
+        token: Option<&str>,
+        trusted: bool,
+    ) -> (u16, String) {
+        let mut request = Request::builder().method(method).uri(path);
+        if let Some(token) = token {
+            request = request.header(AUTHORIZATION, token);
+        }
+        let response = admin.answer(&request.body(()).unwrap(), trusted);
+        let status = response.status().as_u16();
+        let body = response.into_body().collect().await.unwrap().to_bytes();
+        (status, String::from_utf8(body.to_vec()).unwrap())
+    }
+
     #[tokio::test]
     async fn a_proxy_that_stops_is_alive_and_not_ready() {
-        let metrics = Metrics::new(prometheus::Registry::new()).unwrap();
-        let (pool, drain) = (Pool::new(crate::pool::Config::default(), metrics, 1), Drain::new());
-        let get = |path: &str| {
-            let request = Request::get(path).body(()).unwrap();
-            let response = answer(&pool, &drain, &request);
-            (response.status().as_u16(), response.into_body())
-        };
-        assert_eq!(get("/readyz").0, 503);
-        drain.leave();
-        assert!(!drain.is_stopping(), "whoever still comes is served");
-        let (status, body) = get("/readyz");
-        let body = http_body_util::BodyExt::collect(body).await.unwrap().to_bytes();
-        assert_eq!((status, &body[..]), (503, &b"shutting down\n"[..]));
-        assert_eq!(get("/livez").0, 200);
-        assert_eq!(get("/nothing").0, 404);
+        let admin = admin();
+        let get = async |path| ask(&admin, Method::GET, path, None, false).await;
+        assert_eq!(get("/readyz").await.0, 503);
+        admin.drain.leave();
+        assert!(!admin.drain.is_stopping(), "whoever still comes is served");
+        assert_eq!(get("/readyz").await, (503, "shutting down\n".into()));
+        assert_eq!(get("/livez").await.0, 200);
+        assert_eq!(get("/nothing").await.0, 404);
+    }
+
+    #[tokio::test]
+    async fn who_may_change_the_pool_and_what_the_others_hear() {
+        let admin = admin();
+        let post =
+            async |token, trusted| ask(&admin, Method::POST, "/daemons/d/cordon", token, trusted).await;
+        let (status, text) = post(None, false).await;
+        assert!(status == 403 && text.contains("--admin-token-file"), "{text}");
+        let dir = tempfile::tempdir().unwrap();
+        let token = Token::read_or_make(&dir.path().join("t")).unwrap();
+        let bearer = token.bearer();
+        *admin.token.write().unwrap() = Some(token);
+        assert_eq!(post(None, false).await.0, 401);
+        assert_eq!(post(Some("Bearer 0123456789abcdef0123"), false).await.0, 403);
+        for (token, trusted) in [(Some(bearer.as_str()), false), (None, true)] {
+            let (status, text) = post(token, trusted).await;
+            assert!(status == 404 && text.contains("there are: none"), "{text}");
+        }
     }
 }

@@ -1,10 +1,13 @@
 //! The commands: what was typed becomes a call of the library.
 
+mod admin;
+mod cordon;
 mod serve;
 mod status;
 mod up;
 
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
@@ -26,6 +29,12 @@ enum Command {
     Up(up::Up),
     /// Show daemons, slots and sessions of a running pool
     Status(status::Status),
+    /// Let a daemon take no new sessions
+    Cordon(cordon::Cordon),
+    /// Let a cordoned or drained daemon take sessions again; ends its drain
+    Uncordon(cordon::Uncordon),
+    /// Cordon a daemon and wait for the end of its work; exits with 3 if something was cut
+    Drain(cordon::Drain),
     /// Print a completion script for a shell
     Completions {
         /// bash, zsh, fish, elvish or powershell
@@ -42,9 +51,13 @@ pub struct Common {
     /// Where clients connect: tcp://0.0.0.0:2375 or unix:///path; repeats
     #[arg(long, env = "DINDPOOL_LISTEN", value_name = "ADDR", value_delimiter = ',')]
     listen: Vec<String>,
-    /// Where /metrics, /status, /livez and /readyz are [default: 127.0.0.1:9375]
-    #[arg(long, env = "DINDPOOL_ADMIN", value_name = "ADDR")]
-    admin: Option<String>,
+    /// Where /metrics, /status, /livez and /readyz are, and changes are made: host:port or unix:///path; repeats
+    /// [default: 127.0.0.1:9375]
+    #[arg(long, env = "DINDPOOL_ADMIN", value_name = "ADDR", value_delimiter = ',')]
+    admin: Vec<String>,
+    /// File of the token that allows changes (cordon, drain) over TCP [default: none]
+    #[arg(long, env = "DINDPOOL_ADMIN_TOKEN_FILE", value_name = "FILE")]
+    admin_token_file: Option<PathBuf>,
     /// Sessions that work at the same time on one daemon [default: from its processors and memory]
     #[arg(long, env = "DINDPOOL_SLOTS", value_name = "N")]
     slots: Option<u32>,
@@ -121,7 +134,8 @@ impl Common {
         let listener = |address: String| RawListener { address, ..RawListener::default() };
         let typed = Raw {
             listen: some(self.listen).map(|l| l.into_iter().map(listener).collect()),
-            admin: self.admin,
+            admin: some(self.admin),
+            admin_token_file: self.admin_token_file,
             daemons: None,
             slots: self.slots,
             session_grace: self.session_grace,
@@ -152,16 +166,20 @@ impl Common {
 ///
 /// # Errors
 /// Everything that keeps the command from doing it, in words for its user.
-pub fn run(cli: Cli) -> anyhow::Result<()> {
+pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Serve(serve) => runtime()?.block_on(serve.run()),
         Command::Up(up) => runtime()?.block_on(up.run()),
         Command::Status(status) => runtime()?.block_on(status.run()),
+        Command::Cordon(cordon) => runtime()?.block_on(cordon.run()),
+        Command::Uncordon(uncordon) => runtime()?.block_on(uncordon.run()),
+        Command::Drain(drain) => return runtime()?.block_on(drain.run()),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "dindpool", &mut std::io::stdout());
             Ok(())
         }
-    }
+    }?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn runtime() -> std::io::Result<tokio::runtime::Runtime> {

@@ -1,22 +1,16 @@
 //! `dindpool status`: the pool as a table, or as JSON.
 
-use std::time::Duration;
-
 use anyhow::Context;
 use clap::Args;
-use http_body_util::{BodyExt, Empty};
-use hyper_util::rt::TokioIo;
-use tokio::net::TcpStream;
 
-use crate::config::DEFAULT_ADMIN;
+use super::admin::Where;
 use crate::metrics::{health_word, state_word};
 use crate::pool::status::Status as Pool;
 
 #[derive(Debug, Args)]
 pub struct Status {
-    /// The pool's admin listener
-    #[arg(long, env = "DINDPOOL_ADMIN", default_value = DEFAULT_ADMIN, value_name = "ADDR")]
-    admin: String,
+    #[command(flatten)]
+    at: Where,
     /// Print /status as it is
     #[arg(long)]
     json: bool,
@@ -24,14 +18,7 @@ pub struct Status {
 
 impl Status {
     pub async fn run(self) -> anyhow::Result<()> {
-        let address = self.admin.trim_start_matches("http://").trim_end_matches('/');
-        let body = tokio::time::timeout(Duration::from_secs(10), get(address))
-            .await
-            .context("no answer within 10 s")
-            .flatten()
-            .with_context(|| {
-                format!("no dindpool answers at http://{address} (is it running? see --admin)")
-            })?;
+        let body = self.at.get("/status").await?;
         if self.json {
             println!("{body}");
             return Ok(());
@@ -42,16 +29,6 @@ impl Status {
     }
 }
 
-async fn get(address: &str) -> anyhow::Result<String> {
-    let stream = TcpStream::connect(address).await?;
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-    tokio::spawn(connection);
-    let request = hyper::Request::get("/status").header("host", address).body(Empty::<bytes::Bytes>::new())?;
-    let response = sender.send_request(request).await?;
-    anyhow::ensure!(response.status().is_success(), "it answered {}", response.status());
-    Ok(String::from_utf8(response.into_body().collect().await?.to_bytes().to_vec())?)
-}
-
 /// The pool as a person reads it.
 fn table(pool: &Pool) -> String {
     let mut rows = vec![["DAEMON", "STATE", "SLOTS", "SESSIONS", "VERSION", "ADDRESS", ""].map(String::from)];
@@ -60,7 +37,11 @@ fn table(pool: &Pool) -> String {
         let state = state_word(d.state);
         rows.push([
             d.id.clone(),
-            if state == "ready" && health == "ejected" { health.into() } else { state.into() },
+            match d.cordon_word() {
+                _ if state == "ready" && health == "ejected" => health.into(),
+                Some(word) if state == "ready" => word.into(),
+                _ => state.into(),
+            },
             match d.strangers {
                 0 => format!("{}/{}", d.used, d.slots),
                 n => format!("{}/{} +{n}", d.used, d.slots),

@@ -4,10 +4,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use anyhow::Context;
 use clap::Args;
 use tokio::sync::mpsc;
 
+use super::admin::{DATA, TOKEN_FILE};
 use super::{Common, signals};
+use crate::admin::token::Token;
 use crate::app::{self, Sockets, say};
 use crate::config::RawListener;
 use crate::pool::Pool;
@@ -25,7 +28,7 @@ pub struct Up {
     #[arg(long, env = "DINDPOOL_UP_DAEMONS", default_value_t = 2, value_name = "N")]
     daemons: usize,
     /// Where the daemons keep images, containers and logs
-    #[arg(long, env = "DINDPOOL_UP_DATA", default_value = "/var/lib/dindpool", value_name = "DIR")]
+    #[arg(long, env = "DINDPOOL_UP_DATA", default_value = DATA, value_name = "DIR")]
     data: PathBuf,
     /// The dockerd to run; repeats: daemon i runs the i-th, so that a pool may mix versions
     #[arg(
@@ -62,7 +65,15 @@ impl Up {
         raw.shutdown_delay.get_or_insert_with(|| "0s".into());
         raw.shutdown_grace.get_or_insert_with(|| "5s".into());
         let warn = raw.log_level.is_none();
+        let own_token = raw.admin_token_file.is_none();
         let mut settings = raw.validate(false)?;
+        if own_token {
+            // So that whoever runs the pool may cordon and drain without a word about it.
+            std::fs::create_dir_all(&self.data)
+                .with_context(|| format!("cannot make {}", self.data.display()))?;
+            let token = Token::read_or_make(&self.data.join(TOKEN_FILE)).map_err(anyhow::Error::msg)?;
+            settings.admin_token = Some(token);
+        }
         if warn {
             // A person looks on: progress is enough, and what goes wrong.
             settings.log_level = "warn".into();

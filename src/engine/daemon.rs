@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::model::{ApiVersion, DaemonId, Facts, Health, Probe, SessionKey, State, Tenant, Time};
 use super::strangers::Strangers;
-use super::{Config, balancer};
+use super::{Config, Cordon, balancer};
 
 /// A daemon as the engine sees it.
 #[derive(Debug, Clone)]
@@ -27,6 +27,8 @@ pub struct Daemon {
     pub sessions: BTreeSet<SessionKey>,
     /// Why it is refused, if its API range does not meet the others'.
     pub misfit: Option<String>,
+    /// Why it takes no new sessions although it is well.
+    pub cordon: Option<Cordon>,
     /// Whether it is still waited for, while it starts.
     pub(super) expected: bool,
     /// Its name's hash, for the placing of reads.
@@ -54,6 +56,7 @@ impl Daemon {
             used: 0,
             sessions: BTreeSet::new(),
             misfit: None,
+            cordon: None,
             expected: true,
             builders: Builders::default(),
             strangers: Strangers::default(),
@@ -63,9 +66,14 @@ impl Daemon {
         }
     }
 
+    /// Whether it is there and answers as it should.
+    pub fn is_well(&self) -> bool {
+        self.state == State::Ready && self.health == Health::Healthy && self.misfit.is_none()
+    }
+
     /// Whether it takes new sessions.
     pub fn takes_sessions(&self) -> bool {
-        self.state == State::Ready && self.health == Health::Healthy && self.misfit.is_none()
+        self.is_well() && self.cordon.is_none()
     }
 
     /// Compose projects and lone containers that run here without a session of the pool.

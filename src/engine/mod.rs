@@ -4,6 +4,7 @@
 //! simulated from a seed, and is held against its invariants after every event in debug builds.
 
 mod balancer;
+mod cordon;
 mod daemon;
 mod facts;
 pub mod images;
@@ -23,6 +24,7 @@ mod versions;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
+pub use cordon::{Cordon, Drain};
 pub use daemon::Daemon;
 use images::Images;
 use model::*;
@@ -129,6 +131,8 @@ enum Timer {
     Ticket(RequestId),
     /// The patience with a daemon that starts is over.
     Patience(DaemonId),
+    /// The deadline of a drain is over.
+    Drain(DaemonId),
 }
 
 /// The state machine.
@@ -137,6 +141,8 @@ pub struct Engine {
     config: Config,
     random: balancer::Random,
     daemons: BTreeMap<DaemonId, Daemon>,
+    /// Those whose drain waits for the end of their work.
+    draining: BTreeSet<DaemonId>,
     /// Hashed, because keys are looked up several times for each request. So nothing that can be seen from
     /// outside may follow the order of this map.
     sessions: HashMap<SessionKey, Session>,
@@ -161,6 +167,7 @@ impl Engine {
             config,
             random: balancer::Random::new(seed),
             daemons: BTreeMap::new(),
+            draining: BTreeSet::new(),
             sessions: HashMap::new(),
             sources: HashMap::new(),
             opens: HashMap::new(),
@@ -191,8 +198,12 @@ impl Engine {
             }
             Event::Images { daemon, began, images } => self.relist(&daemon, began, &images, now),
             Event::Abandon(request) => self.abandon(request),
+            Event::Cordon { daemon, by } => self.cordon(&daemon, by),
+            Event::Uncordon { daemon, by } => self.uncordon(&daemon, by),
+            Event::Drain { daemon, deadline } => self.drain(&daemon, deadline),
             Event::Tick => self.tick(now),
         }
+        self.advance_drains(now);
         self.admit_waiting(now);
         #[cfg(debug_assertions)]
         self.check_invariants();
@@ -568,6 +579,7 @@ impl Engine {
                     }
                     self.refuse_if_nobody_comes();
                 }
+                Timer::Drain(daemon) => self.drain_due(&daemon, now),
             }
         }
     }

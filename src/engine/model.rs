@@ -435,6 +435,27 @@ pub enum Event {
     },
     /// The client of a request that waits has gone.
     Abandon(RequestId),
+    /// A daemon is to take no new sessions.
+    Cordon {
+        /// Which daemon.
+        daemon: DaemonId,
+        /// Who wants it.
+        by: CordonedBy,
+    },
+    /// It is to take new sessions again; ends a drain. The scaler lifts its own cordon only.
+    Uncordon {
+        /// Which daemon.
+        daemon: DaemonId,
+        /// Who wants it.
+        by: CordonedBy,
+    },
+    /// Cordons a daemon and waits for the end of its work.
+    Drain {
+        /// Which daemon.
+        daemon: DaemonId,
+        /// When the work that is left is cut.
+        deadline: Time,
+    },
     /// Time has passed: leases, lingers and graces run out.
     Tick,
 }
@@ -511,6 +532,32 @@ pub enum Effect {
         /// Where they run, and their ids.
         containers: Vec<(DaemonId, String)>,
     },
+    /// A daemon takes no new sessions from now on.
+    Cordoned {
+        /// Which.
+        daemon: DaemonId,
+        /// Who wanted it.
+        by: CordonedBy,
+    },
+    /// It takes new sessions again.
+    Uncordoned {
+        /// Which.
+        daemon: DaemonId,
+        /// Whether that ended a drain.
+        draining: bool,
+    },
+    /// A drain has begun.
+    Draining {
+        /// Which daemon's.
+        daemon: DaemonId,
+    },
+    /// A drain has ended. If anything was cut, the shell breaks every stream to the daemon.
+    Drained {
+        /// Which daemon's.
+        daemon: DaemonId,
+        /// How.
+        drained: Drained,
+    },
     /// A daemon's state or health changed.
     DaemonChanged {
         /// Which.
@@ -522,6 +569,49 @@ pub enum Effect {
         /// Why, in words.
         reason: String,
     },
+}
+
+/// Who cordoned a daemon.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CordonedBy {
+    /// A person, or a script of theirs.
+    Operator,
+    /// The autoscaler, before it removes the daemon.
+    Scaler,
+}
+
+/// What a session still does on a daemon that is drained, or did when it was cut.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Remaining {
+    /// Whose it is; `None` for containers that no session of this pool made.
+    pub key: Option<SessionKey>,
+    /// Requests and streams that are open.
+    pub open: u32,
+    /// How many of them build.
+    pub builds: u32,
+    /// Containers that run, by name or short id. A cut does not stop them.
+    pub containers: Vec<String>,
+    /// Requests that wait for a slot there.
+    pub waiting: u32,
+}
+
+/// What a drained daemon still has that is no work, and goes with it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Left {
+    /// Stopped containers, by name or short id.
+    pub containers: Vec<String>,
+    /// Images that were made there and not pushed.
+    pub images: Vec<String>,
+}
+
+/// How a drain ended.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Drained {
+    /// What was still under way at the deadline; empty if the daemon became idle before.
+    pub cut: Vec<Remaining>,
+    /// What is left there.
+    pub left: Left,
 }
 
 /// A daemon's state.

@@ -256,6 +256,7 @@ impl Engine {
                     (State::Draining, _, _) => "draining",
                     (_, Health::Ejected, _) => "ejected",
                     (_, _, true) => "refused",
+                    _ if d.cordon.is_some() => "cordoned",
                     _ => "ready",
                 };
                 if d.why().is_empty() {
@@ -268,7 +269,8 @@ impl Engine {
         if self.daemons.len() > tried.len() {
             tried.push(format!("and {} more", self.daemons.len() - tried.len()));
         }
-        Refusal::NoDaemon(format!("no healthy daemon in the pool: {}", tried.join(", ")))
+        let what = if self.daemons.values().any(Daemon::is_well) { "open" } else { "healthy" };
+        Refusal::NoDaemon(format!("no {what} daemon in the pool: {}", tried.join(", ")))
     }
 }
 

@@ -125,6 +125,11 @@ impl Queue {
         self.lines.values().any(|line| line.tickets.contains_key(key))
     }
 
+    /// Whose ticket it is.
+    pub(super) fn key_of(&self, request: RequestId) -> Option<&SessionKey> {
+        self.tickets.get(&request).map(|t| &t.acquire.key)
+    }
+
     fn len_of(&self, tenant: &Tenant) -> usize {
         self.lines.get(tenant).map_or(0, |l| l.tickets.values().map(VecDeque::len).sum())
     }
@@ -296,6 +301,20 @@ impl Engine {
         let refusal = Refusal::QueueFull(message);
         self.effects.push(Effect::Refused { request, refusal: refusal.clone() });
         self.refuse_joins(&ticket.acquire, &refusal);
+    }
+
+    /// The tickets that wait for this daemon and would go nowhere else.
+    pub(super) fn waits_for(&self, daemon: &DaemonId) -> Vec<RequestId> {
+        let at_home = |t: &Ticket| self.home_of(&t.acquire).as_ref() == Some(daemon);
+        self.queue.tickets.iter().filter(|(_, t)| at_home(t)).map(|(request, _)| *request).collect()
+    }
+
+    /// Refuses one that waits, and what waits with it.
+    pub(super) fn refuse_ticket(&mut self, request: RequestId, refusal: &Refusal) {
+        let Some(ticket) = self.queue.remove(request, false) else { return };
+        self.queue.changed = true;
+        self.effects.push(Effect::Refused { request, refusal: refusal.clone() });
+        self.refuse_joins(&ticket.acquire, refusal);
     }
 
     /// The patience with a daemon that starts is over. If no other is there or on its way, those who wait hear

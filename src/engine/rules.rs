@@ -1,5 +1,7 @@
 //! The engine's rules, one scenario each. A test's name is the rule.
 
+mod cordon;
+
 use super::model::*;
 use super::{Config, Engine};
 

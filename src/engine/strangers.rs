@@ -27,6 +27,11 @@ impl Strangers {
         u32::try_from(self.groups.len()).unwrap_or(u32::MAX)
     }
 
+    /// Whether a container may be a classic build's own.
+    pub fn suspects(&self, id: &str) -> bool {
+        self.suspects.contains(id)
+    }
+
     /// A container is one of a group, or no stranger that runs.
     fn set(&mut self, id: &str, group: Option<&str>) {
         let before = match group {

@@ -4,6 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use super::{Handle, Pool};
+use crate::drain::Signal;
 use crate::engine::model::{Event, Fact, LeaseId, OpenId, Outcome};
 use crate::provision::Stream;
 
@@ -15,6 +16,7 @@ pub struct Lease {
     fresh: bool,
     daemon: Arc<Handle>,
     outcome: Outcome,
+    cut: Signal,
 }
 
 impl Lease {
@@ -25,12 +27,18 @@ impl Lease {
         fresh: bool,
         daemon: Arc<Handle>,
     ) -> Self {
-        Lease { pool, open, lease, fresh, daemon, outcome: Outcome::ClientGone }
+        let cut = daemon.cut();
+        Lease { pool, open, lease, fresh, daemon, outcome: Outcome::ClientGone, cut }
     }
 
     /// The daemon that the request goes to.
     pub fn daemon(&self) -> &Arc<Handle> {
         &self.daemon
+    }
+
+    /// Given when the request is to be broken off, because its daemon's drain did not end in time.
+    pub fn cut(&self) -> &Signal {
+        &self.cut
     }
 
     /// Whether the request's session was bound before: then it may not be tried elsewhere.

@@ -3,6 +3,7 @@
 
 pub mod about;
 pub mod client;
+pub mod cordon;
 mod lease;
 pub mod status;
 mod ticket;
@@ -19,6 +20,7 @@ use serde_json::Value;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinHandle;
 
+use crate::drain::Signal;
 use crate::engine::model::*;
 use crate::engine::{self, Engine};
 use crate::error::{Error, Kind as ErrorKind};
@@ -81,6 +83,8 @@ pub struct Handle {
     about: Mutex<Option<Arc<About>>>,
     /// Probes in a row that had no answer, and when the first of them was given up.
     silence: Mutex<Option<(Instant, u32)>>,
+    /// Breaks every stream to it that is open.
+    cut: Mutex<Signal>,
 }
 
 /// So many probes in a row without an answer, and nobody should wait for this daemon: one more than eject it.
@@ -91,6 +95,16 @@ impl Handle {
     /// connections all the while: a frozen one does.
     pub fn silent_since(&self) -> Option<Instant> {
         lock(&self.silence).filter(|(_, probes)| *probes >= SILENT).map(|(since, _)| since)
+    }
+
+    /// What a stream that begins now watches.
+    fn cut(&self) -> Signal {
+        lock(&self.cut).clone()
+    }
+
+    /// Breaks every stream that is open; later ones are not concerned.
+    fn break_streams(&self) {
+        std::mem::take(&mut *lock(&self.cut)).give();
     }
 }
 
@@ -151,6 +165,8 @@ pub struct Pool {
     metrics: Metrics,
     origin: Instant,
     ticked: Notify,
+    /// A drain has ended, or its daemon has gone.
+    drain_ended: Notify,
     next_log: AtomicU64,
 }
 
@@ -171,6 +187,7 @@ impl Pool {
             metrics,
             origin: Instant::now(),
             ticked: Notify::new(),
+            drain_ended: Notify::new(),
             next_log: AtomicU64::new(0),
         })
     }
@@ -322,6 +339,8 @@ impl Pool {
                     state: d.state,
                     health: if d.misfit.is_some() { Health::Ejected } else { d.health },
                     reason: d.reason.clone(),
+                    cordoned: d.cordon.is_some(),
+                    cordon: d.cordon.as_ref().map(|c| cordon::status(c, now)),
                     version: d.facts.as_ref().map(|f| f.version.clone()).unwrap_or_default(),
                     slots: d.slots,
                     used: d.used,
@@ -453,6 +472,10 @@ impl Pool {
                     tokio::spawn(stop_containers(containers.into_iter().filter_map(handle).collect()));
                 }
             }
+            Effect::Cordoned { .. }
+            | Effect::Uncordoned { .. }
+            | Effect::Draining { .. }
+            | Effect::Drained { .. } => self.cordon_changed(state, effect),
             Effect::DaemonChanged { daemon, state, health, reason } => {
                 let became = match (state, health) {
                     (engine::model::State::Ready, Health::Ejected) => "ejected",
@@ -519,6 +542,7 @@ impl Pool {
                 unlisted: Mutex::new(None),
                 about: Mutex::new(None),
                 silence: Mutex::new(None),
+                cut: Mutex::default(),
             });
             let watch = tokio::spawn(watch::watch(self.clone(), handle.clone()));
             state.daemons.insert(id, Member { handle, watch, engine_id: String::new(), alias_of: None });

@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::engine::model::{Health, State};
+use crate::engine::model::{CordonedBy, Drained, Health, State};
 
 /// The whole pool.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -37,6 +37,12 @@ pub struct DaemonStatus {
     pub health: Health,
     /// Why it is in this state; empty when all is well.
     pub reason: String,
+    /// Whether it takes no new sessions although it may be well.
+    #[serde(default)]
+    pub cordoned: bool,
+    /// By whom, and how far its drain is.
+    #[serde(default)]
+    pub cordon: Option<CordonStatus>,
     /// Engine version, empty until it answered.
     pub version: String,
     /// Slots in all.
@@ -53,8 +59,28 @@ pub struct DaemonStatus {
 impl DaemonStatus {
     /// Whether it takes new sessions.
     pub fn takes_sessions(&self) -> bool {
-        self.state == State::Ready && self.health == Health::Healthy
+        self.state == State::Ready && self.health == Health::Healthy && !self.cordoned
     }
+
+    /// `cordoned`, `draining` or `drained`, if it is any of these.
+    pub fn cordon_word(&self) -> Option<&'static str> {
+        self.cordon.as_ref().map(|c| match (&c.drained, c.deadline) {
+            (Some(_), _) => "drained",
+            (None, Some(_)) => "draining",
+            (None, None) => "cordoned",
+        })
+    }
+}
+
+/// A daemon's cordon.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct CordonStatus {
+    /// Who wanted it: operator, scaler.
+    pub by: CordonedBy,
+    /// Of a drain that waits: in how many seconds it cuts what is left.
+    pub deadline: Option<f64>,
+    /// Of a drain that has ended: how.
+    pub drained: Option<Drained>,
 }
 
 /// One session.

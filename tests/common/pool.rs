@@ -67,6 +67,11 @@ impl Pool {
         Addr::parse(line.trim_start_matches("listening on "))
     }
 
+    /// Where its admin listener is.
+    pub fn admin_url(&self) -> String {
+        self.admin.url().replace("tcp://", "")
+    }
+
     /// A page of the admin listener.
     pub fn admin(&self, path: &str) -> http::Answer {
         http::get(&self.admin, path)

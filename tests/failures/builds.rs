@@ -25,15 +25,15 @@ fn start(daemons: usize) -> Result<Pool, String> {
 }
 
 /// A build that hangs in a RUN which the whole machine can see.
-struct HangingBuild {
-    job: client::Job,
+pub struct HangingBuild {
+    pub job: client::Job,
     _session: Session,
     /// The argument by which the RUN's process is known.
     mark: String,
 }
 
 impl HangingBuild {
-    fn start(pool: &Pool, flavour: Flavour) -> HangingBuild {
+    pub fn start(pool: &Pool, flavour: Flavour) -> HangingBuild {
         let session = Session::new(&pool.host(), flavour);
         let mark = format!("7{}", unique().replace('x', "."));
         session.context("ctx", &format!("FROM scratch\nADD rootfs.tar /\nRUN echo begun; sleep {mark}\n"));
@@ -47,12 +47,12 @@ impl HangingBuild {
         build
     }
 
-    fn runs(&self) -> bool {
+    pub fn runs(&self) -> bool {
         !processes(&self.mark).is_empty()
     }
 
     /// The daemon on which it runs: an ancestor of the RUN's process lives in its network namespace.
-    fn daemon(&self, daemons: &[Daemon]) -> Daemon {
+    pub fn daemon(&self, daemons: &[Daemon]) -> Daemon {
         let namespace = |pid: i32| std::fs::read_link(format!("/proc/{pid}/ns/net")).ok();
         let mut pid = processes(&self.mark)[0];
         while pid > 1 {

@@ -53,6 +53,12 @@ pub trait Observer {
     /// The next bytes of the response body, without chunk framing, just before they are forwarded.
     fn response_body(&mut self, _payload: &[u8]) {}
 
+    /// Why the exchange must end now, as if the daemon had failed with this error. Asked whenever the exchange is
+    /// polled: whoever has a reason wakes it.
+    fn cut(&mut self) -> Option<io::Error> {
+        None
+    }
+
     /// The daemon has failed within the body of its response. If that is a Docker JSON stream, this gives
     /// the line ([`Error::stream_line`]) that tells the user so; it is sent if the framing still allows it.
     fn broken_stream(&mut self, _failure: &io::Error) -> Option<String> {
@@ -297,6 +303,9 @@ impl<O: Observer> Pump<'_, O> {
     }
 
     fn try_poll(&mut self, cx: &mut Context<'_>) -> Result<(), End> {
+        if let Some(error) = self.observer.cut() {
+            return Err(End::DaemonFailed(error));
+        }
         let mut watching = self.poll_up(cx)?;
         self.poll_down(cx)?;
         while self.poll_timer(cx, watching)? {

@@ -1,0 +1,118 @@
+//! The commands' way to a running pool: its admin listener, over TCP or a Unix socket.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::Context;
+use bytes::Bytes;
+use clap::Args;
+use http_body_util::{BodyExt, Empty};
+use hyper::body::Incoming;
+use hyper::header::{AUTHORIZATION, HOST};
+use hyper::{Method, Request, Response};
+use hyper_util::rt::TokioIo;
+use tokio::net::{TcpStream, UnixStream};
+
+use crate::admin::token::Token;
+use crate::config::DEFAULT_ADMIN;
+use crate::provision::Stream;
+
+/// Where `dindpool up` keeps its data unless it is told otherwise.
+pub const DATA: &str = "/var/lib/dindpool";
+/// Its token's file there.
+pub const TOKEN_FILE: &str = "admin-token";
+
+/// How long the pool may take to begin its answer.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Which pool.
+#[derive(Debug, Args)]
+pub struct Where {
+    /// The pool's admin listener: host:port or unix:///path
+    #[arg(long, env = "DINDPOOL_ADMIN", default_value = DEFAULT_ADMIN, value_name = "ADDR")]
+    admin: String,
+}
+
+/// Which pool, and the right to change it.
+#[derive(Debug, Args)]
+pub struct Change {
+    #[command(flatten)]
+    at: Where,
+    /// File of the pool's token; a Unix admin socket needs none [default: that of dindpool up]
+    #[arg(long, env = "DINDPOOL_ADMIN_TOKEN_FILE", value_name = "FILE")]
+    token_file: Option<PathBuf>,
+}
+
+impl Where {
+    /// The first address, as a person writes it.
+    fn address(&self) -> &str {
+        let first = self.admin.split(',').next().unwrap_or_default();
+        first.trim_start_matches("http://").trim_end_matches('/')
+    }
+
+    async fn connect(&self) -> std::io::Result<Stream> {
+        match self.address().strip_prefix("unix://") {
+            Some(path) => Ok(Stream::Unix(UnixStream::connect(path).await?)),
+            None => Ok(Stream::Tcp(TcpStream::connect(self.address()).await?)),
+        }
+    }
+
+    async fn send(
+        &self,
+        method: Method,
+        path: &str,
+        token: Option<&Token>,
+    ) -> anyhow::Result<Response<Incoming>> {
+        let sent = async {
+            let stream = self.connect().await?;
+            let (mut sender, connection) =
+                hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+            tokio::spawn(connection);
+            let mut request = Request::builder().method(method).uri(path).header(HOST, "dindpool");
+            if let Some(token) = token {
+                request = request.header(AUTHORIZATION, token.bearer());
+            }
+            anyhow::Ok(sender.send_request(request.body(Empty::<Bytes>::new())?).await?)
+        };
+        tokio::time::timeout(PATIENCE, sent)
+            .await
+            .context("no answer within 10 s")
+            .flatten()
+            .with_context(|| format!("no dindpool answers at {} (is it running? see --admin)", self.admin))
+    }
+
+    /// The text of a page.
+    ///
+    /// # Errors
+    /// When nothing answers there, or not with that page.
+    pub async fn get(&self, path: &str) -> anyhow::Result<String> {
+        let response = self.send(Method::GET, path, None).await?;
+        anyhow::ensure!(response.status().is_success(), "{} answered {}", self.admin, response.status());
+        Ok(String::from_utf8(response.into_body().collect().await?.to_bytes().to_vec())?)
+    }
+}
+
+impl Change {
+    /// Asks for a change; the answer's body is still to be read.
+    ///
+    /// # Errors
+    /// When nothing answers there, and what the pool says against it.
+    pub async fn post(&self, path: &str) -> anyhow::Result<Response<Incoming>> {
+        let token = match &self.token_file {
+            Some(path) => Some(Token::read(path).map_err(anyhow::Error::msg)?),
+            // Nobody asked for it: a pool that needs none is none the worse.
+            None => Token::read(&Path::new(DATA).join(TOKEN_FILE)).ok(),
+        };
+        let response = self.at.send(Method::POST, path, token.as_ref()).await?;
+        let status = response.status();
+        if status.is_success() {
+            return Ok(response);
+        }
+        let body = response.into_body().collect().await?.to_bytes();
+        let said: serde_json::Value = serde_json::from_slice(&body).unwrap_or_default();
+        match said["message"].as_str() {
+            Some(message) => anyhow::bail!("{message}"),
+            None => anyhow::bail!("{} answered {status}", self.at.admin),
+        }
+    }
+}
