@@ -78,6 +78,8 @@ pub struct Raw {
     pub probe_interval: Option<String>,
     /// How long a probe may take.
     pub probe_deadline: Option<String>,
+    /// Time between two deep probes of a daemon; 0: none.
+    pub deep_probe_interval: Option<String>,
     /// How long a connection to a daemon may take.
     pub connect_deadline: Option<String>,
     /// How long new clients are taken after SIGTERM.
@@ -162,6 +164,7 @@ const KEYS: &[&str] = &[
     "session_env",
     "probe_interval",
     "probe_deadline",
+    "deep_probe_interval",
     "connect_deadline",
     "shutdown_delay",
     "shutdown_grace",
@@ -212,6 +215,7 @@ impl Raw {
                 "session_env" => texts(value).map(|v| raw.session_env = Some(v)),
                 "probe_interval" => text_of(value).map(|v| raw.probe_interval = Some(v)),
                 "probe_deadline" => text_of(value).map(|v| raw.probe_deadline = Some(v)),
+                "deep_probe_interval" => text_of(value).map(|v| raw.deep_probe_interval = Some(v)),
                 "connect_deadline" => text_of(value).map(|v| raw.connect_deadline = Some(v)),
                 "shutdown_delay" => text_of(value).map(|v| raw.shutdown_delay = Some(v)),
                 "shutdown_grace" => text_of(value).map(|v| raw.shutdown_grace = Some(v)),
@@ -249,6 +253,7 @@ impl Raw {
             session_env: self.session_env.or(under.session_env),
             probe_interval: self.probe_interval.or(under.probe_interval),
             probe_deadline: self.probe_deadline.or(under.probe_deadline),
+            deep_probe_interval: self.deep_probe_interval.or(under.deep_probe_interval),
             connect_deadline: self.connect_deadline.or(under.connect_deadline),
             shutdown_delay: self.shutdown_delay.or(under.shutdown_delay),
             shutdown_grace: self.shutdown_grace.or(under.shutdown_grace),
@@ -320,6 +325,7 @@ impl Raw {
         set("queue_wait", self.queue_wait, &mut pool.engine.max_wait, Duration::from_secs(1));
         set("probe_interval", self.probe_interval, &mut pool.probe_interval, Duration::from_millis(100));
         set("probe_deadline", self.probe_deadline, &mut pool.probe_deadline, Duration::from_millis(100));
+        set("deep_probe_interval", self.deep_probe_interval, &mut pool.engine.deep_probe_interval, zero);
         set(
             "connect_deadline",
             self.connect_deadline,

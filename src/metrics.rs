@@ -6,11 +6,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use prometheus::{
-    Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
-    TextEncoder,
+    GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry, TextEncoder,
 };
 
-use crate::engine::model::{Health, State};
+use crate::engine::model::{Cause, Health, State};
 use crate::pool::status::Status;
 
 /// The metrics of one proxy.
@@ -67,7 +67,14 @@ pub struct Metrics {
     pub leases_lost: IntCounter,
     /// Leases whose containers ran unattended for longer than they may.
     pub leases_overdue: IntCounter,
-    /// Probes, by outcome (`answered`, `failed`, `refused`).
+    open_slots: IntGaugeVec,
+    back_off: GaugeVec,
+    latency: GaugeVec,
+    /// Times that a daemon was ejected, by why.
+    pub ejections: IntCounterVec,
+    /// Times that a daemon was refused because another one uses its data root.
+    pub shared_roots: IntCounter,
+    /// Probes, by kind (`info`, `deep`) and outcome (`answered`, `failed`, `refused`, `slow`, `unsupported`).
     pub probes: IntCounterVec,
     /// Changes of a daemon's standing, by what it became.
     pub transitions: IntCounterVec,
@@ -90,6 +97,11 @@ impl Metrics {
         };
         let gauges = |name: &str, help: &str, labels: &[&str]| -> prometheus::Result<IntGaugeVec> {
             let metric = IntGaugeVec::new(Opts::new(name, help), labels)?;
+            registry.register(Box::new(metric.clone()))?;
+            Ok(metric)
+        };
+        let float_gauges = |name: &str, help: &str, labels: &[&str]| -> prometheus::Result<GaugeVec> {
+            let metric = GaugeVec::new(Opts::new(name, help), labels)?;
             registry.register(Box::new(metric.clone()))?;
             Ok(metric)
         };
@@ -199,7 +211,31 @@ impl Metrics {
                 "Leases whose containers ran unattended for longer than container_lease.",
             )?,
             leases_lost: counter("dindpool_leases_lost_total", "Leases lost with their daemon.")?,
-            probes: counters("dindpool_probes_total", "Probes by outcome.", &["outcome"])?,
+            probes: counters("dindpool_probes_total", "Probes by kind and outcome.", &["kind", "outcome"])?,
+            open_slots: gauges(
+                "dindpool_daemon_open_slots",
+                "Slots of a daemon that are open: fewer than it has during its slow start.",
+                &["daemon"],
+            )?,
+            back_off: float_gauges(
+                "dindpool_daemon_back_off_seconds",
+                "How long an ejected daemon must be well before it gets sessions again.",
+                &["daemon"],
+            )?,
+            latency: float_gauges(
+                "dindpool_daemon_info_seconds",
+                "How long a daemon takes to answer /info, smoothed.",
+                &["daemon"],
+            )?,
+            ejections: counters(
+                "dindpool_ejections_total",
+                "Times that a daemon was ejected, by why.",
+                &["reason"],
+            )?,
+            shared_roots: counter(
+                "dindpool_shared_data_roots_total",
+                "Times that a daemon was refused because another one uses its data root.",
+            )?,
             transitions: counters(
                 "dindpool_daemon_transitions_total",
                 "Changes of a daemon's state or health, by what it became.",
@@ -220,16 +256,18 @@ impl Metrics {
         let _one = self.rendering.lock().unwrap_or_else(PoisonError::into_inner);
         self.daemons.reset();
         // A daemon that has gone leaves no series behind.
-        for gauge in [
+        let gauges = [
             &self.daemon_up,
             &self.daemon_cordoned,
             &self.slots,
             &self.slots_used,
             &self.strangers,
             &self.daemon_sessions,
-        ] {
-            gauge.reset();
-        }
+            &self.open_slots,
+        ];
+        gauges.iter().for_each(|gauge| gauge.reset());
+        self.back_off.reset();
+        self.latency.reset();
         for state in ["starting", "ready", "draining"] {
             for health in ["healthy", "ejected"] {
                 self.daemons.with_label_values(&[state, health]).set(0);
@@ -245,6 +283,11 @@ impl Metrics {
             self.slots_used.with_label_values(id).set(i64::from(daemon.used));
             self.strangers.with_label_values(id).set(i64::from(daemon.strangers));
             self.daemon_sessions.with_label_values(id).set(daemon.sessions as i64);
+            self.open_slots.with_label_values(id).set(i64::from(daemon.open_slots));
+            self.back_off.with_label_values(id).set(daemon.back_off);
+            if let Some(latency) = daemon.latency {
+                self.latency.with_label_values(id).set(latency);
+            }
         }
         self.sessions.set(status.sessions.len() as i64);
         self.waiting.reset();
@@ -314,5 +357,14 @@ pub fn health_word(health: Health) -> &'static str {
     match health {
         Health::Healthy => "healthy",
         Health::Ejected => "ejected",
+    }
+}
+
+/// The word for why a daemon was ejected, in labels.
+pub fn cause_word(cause: Cause) -> &'static str {
+    match cause {
+        Cause::Refused => "refused",
+        Cause::Silent => "silent",
+        Cause::Writes => "writes",
     }
 }

@@ -73,7 +73,7 @@ fn every_metric_is_in_the_table_as_it_is_in_the_source() {
         let (name, help) = (quoted.next().unwrap(), quoted.next().unwrap());
         let maker = before.trim_end().trim_end_matches('(').rsplit([' ', '\n', '(']).next().unwrap();
         let kind = match maker {
-            "gauge" | "gauges" => "gauge",
+            "gauge" | "gauges" | "float_gauges" => "gauge",
             "counter" | "counters" => "counter",
             "HistogramOpts::new" => "histogram",
             other => panic!("{name}: what does {other} make?"),
@@ -183,6 +183,7 @@ fn the_durations_in_help_are_the_ones_that_apply() {
         ("--queue-wait", pool.engine.max_wait),
         ("--probe-interval", pool.probe_interval),
         ("--probe-deadline", pool.probe_deadline),
+        ("--deep-probe-interval", pool.engine.deep_probe_interval),
         ("--connect-deadline", pool.connect_deadline),
         ("--shutdown-grace", settings.shutdown_grace),
     ] {

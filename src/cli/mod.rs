@@ -106,6 +106,9 @@ pub struct Common {
     /// How long a probe may take [default: 1.5s]
     #[arg(long, env = "DINDPOOL_PROBE_DEADLINE", value_name = "TIME")]
     probe_deadline: Option<String>,
+    /// Time between two deep probes of a daemon, which write; 0s: none [default: 60s]
+    #[arg(long, env = "DINDPOOL_DEEP_PROBE_INTERVAL", value_name = "TIME")]
+    deep_probe_interval: Option<String>,
     /// How long connecting to a daemon may take [default: 5s]
     #[arg(long, env = "DINDPOOL_CONNECT_DEADLINE", value_name = "TIME")]
     connect_deadline: Option<String>,
@@ -152,6 +155,7 @@ impl Common {
             session_env: some(self.session_env),
             probe_interval: self.probe_interval,
             probe_deadline: self.probe_deadline,
+            deep_probe_interval: self.deep_probe_interval,
             connect_deadline: self.connect_deadline,
             shutdown_delay: self.shutdown_delay,
             shutdown_grace: self.shutdown_grace,

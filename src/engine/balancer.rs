@@ -2,7 +2,7 @@
 //!
 //! Expected wait is work against capacity, so a daemon of eight slots with four in use equals one of two with
 //! one in use. Leases without work come second: a session between two builds will work again where it is.
-//! What still ties is drawn at random, because any fixed order would send every burst to the same daemon.
+//! What counts against a daemon's health counts as work ([`Daemon::expected_load`]). What still ties is drawn at random, because any fixed order would send every burst to the same daemon.
 
 use std::cmp::Ordering;
 
@@ -30,7 +30,8 @@ impl Random {
     }
 }
 
-fn mix(mut z: u64) -> u64 {
+/// Spreads the bits of a number over all of it.
+pub(super) fn mix(mut z: u64) -> u64 {
     z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
     z ^ (z >> 31)
@@ -79,8 +80,8 @@ pub(super) fn draw<'a>(
 /// exactly equal.
 fn compare(a: &Daemon, b: &Daemon) -> Ordering {
     let load = |d: &Daemon, other: &Daemon| {
-        let capacity = u64::from(other.slots.max(1));
-        (u64::from(d.used) * capacity, d.sessions.len() as u64 * capacity)
+        let capacity = u64::from(other.capacity().max(1));
+        (d.expected_load() * capacity, d.sessions.len() as u64 * capacity)
     };
     load(a, b).cmp(&load(b, a))
 }

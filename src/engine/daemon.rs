@@ -1,10 +1,11 @@
-//! One daemon: its state, its health with hysteresis, and the slots in use.
+//! One daemon: its state and the slots in use. Its health is in [`super::health`].
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::model::{ApiVersion, DaemonId, Facts, Health, Probe, SessionKey, State, Tenant, Time};
+use super::health::Vitals;
+use super::model::{ApiVersion, DaemonId, Facts, Health, SessionKey, State, Tenant, Time};
 use super::strangers::Strangers;
-use super::{Config, Cordon, balancer};
+use super::{Cordon, balancer};
 
 /// A daemon as the engine sees it.
 #[derive(Debug, Clone)]
@@ -29,6 +30,9 @@ pub struct Daemon {
     pub misfit: Option<String>,
     /// Why it takes no new sessions although it is well.
     pub cordon: Option<Cordon>,
+    /// The daemons that keep their data where this one does: refused like a misfit.
+    pub(super) shares: BTreeSet<DaemonId>,
+    pub(super) vitals: Vitals,
     /// Whether it is still waited for, while it starts.
     pub(super) expected: bool,
     /// Its name's hash, for the placing of reads.
@@ -39,8 +43,6 @@ pub struct Daemon {
     pub(super) strangers: Strangers,
     /// The provisioner's word on the slots.
     fixed_slots: Option<u32>,
-    failures: u32,
-    successes: u32,
 }
 
 impl Daemon {
@@ -57,18 +59,18 @@ impl Daemon {
             sessions: BTreeSet::new(),
             misfit: None,
             cordon: None,
+            shares: BTreeSet::new(),
+            vitals: Vitals::default(),
             expected: true,
             builders: Builders::default(),
             strangers: Strangers::default(),
             fixed_slots: slots,
-            failures: 0,
-            successes: 0,
         }
     }
 
     /// Whether it is there and answers as it should.
     pub fn is_well(&self) -> bool {
-        self.state == State::Ready && self.health == Health::Healthy && self.misfit.is_none()
+        self.state == State::Ready && self.health == Health::Healthy && !self.is_refused()
     }
 
     /// Whether it takes new sessions.
@@ -83,15 +85,30 @@ impl Daemon {
 
     /// State and health as one value, to see whether they changed.
     pub(super) fn standing(&self) -> (State, Health, bool) {
-        (self.state, self.health, self.misfit.is_some())
+        (self.state, self.health, self.is_refused())
     }
 
     /// Why it does not take sessions, in words; empty when all is well.
-    pub fn why(&self) -> &str {
-        match &self.misfit {
-            Some(misfit) if self.health == Health::Healthy => misfit,
-            _ => &self.reason,
+    pub fn why(&self) -> String {
+        match self.refused() {
+            Some(refused) if self.health == Health::Healthy => refused,
+            _ => self.reason.clone(),
         }
+    }
+
+    pub(super) fn is_refused(&self) -> bool {
+        self.misfit.is_some() || !self.shares.is_empty()
+    }
+
+    /// Why it is refused although it is well: it does not belong into this pool.
+    pub fn refused(&self) -> Option<String> {
+        let shares = self.shares.first().map(|with| format!("it shares its data root with {with}"));
+        shares.or_else(|| self.misfit.clone())
+    }
+
+    /// Its health as others are told it: one that is refused counts as ejected.
+    pub fn shown_health(&self) -> Health {
+        if self.is_refused() { Health::Ejected } else { self.health }
     }
 
     /// The API versions that it serves, once it has said so.
@@ -123,44 +140,10 @@ impl Daemon {
         }
     }
 
-    /// Takes in a probe. One refused connection ejects at once (nobody listens); a slow or broken answer must
-    /// repeat [`Config::eject_after`] times, and a recovery [`Config::recover_after`] times, so that a daemon
-    /// under load does not flap.
-    pub(super) fn probed(&mut self, probe: Probe, config: &Config) {
-        match probe {
-            Probe::Answered(facts) => {
-                self.failures = 0;
-                self.successes += 1;
-                self.slots = self.fixed_slots.unwrap_or_else(|| default_slots(&facts));
-                self.facts = Some(facts);
-                if self.state == State::Starting {
-                    self.state = State::Ready;
-                    self.health = Health::Healthy;
-                }
-                if self.health == Health::Ejected && self.successes >= config.recover_after {
-                    self.health = Health::Healthy;
-                }
-                if self.health == Health::Healthy && self.state == State::Ready {
-                    self.reason.clear();
-                }
-            }
-            Probe::Failed(reason) => {
-                self.failures += 1;
-                self.failed(reason, self.failures >= config.eject_after);
-            }
-            Probe::Refused(reason) => {
-                self.failures += 1;
-                self.failed(reason, true);
-            }
-        }
-    }
-
-    fn failed(&mut self, reason: String, eject: bool) {
-        self.successes = 0;
-        self.reason = reason;
-        if eject && self.state != State::Starting {
-            self.health = Health::Ejected;
-        }
+    /// What an answer says of it.
+    pub(super) fn meet(&mut self, facts: Facts) {
+        self.slots = self.fixed_slots.unwrap_or_else(|| default_slots(&facts));
+        self.facts = Some(facts);
     }
 }
 
@@ -244,34 +227,5 @@ mod tests {
         assert_eq!(default_slots(&facts(16, 64)), 8);
         assert_eq!(default_slots(&facts(16, 8)), 4);
         assert_eq!(default_slots(&facts(1, 1)), 1);
-    }
-
-    #[test]
-    fn one_slow_answer_ejects_nobody_and_a_refusal_does_at_once() {
-        let config = Config::default();
-        let mut daemon = Daemon::new("d".into(), None);
-        daemon.probed(Probe::Answered(facts(2, 4)), &config);
-        assert!(daemon.takes_sessions());
-        daemon.probed(Probe::Failed("slow".into()), &config);
-        assert!(daemon.takes_sessions());
-        daemon.probed(Probe::Failed("slow".into()), &config);
-        assert!(!daemon.takes_sessions());
-        daemon.probed(Probe::Answered(facts(2, 4)), &config);
-        assert!(!daemon.takes_sessions(), "one good answer is not a recovery");
-        daemon.probed(Probe::Answered(facts(2, 4)), &config);
-        assert!(daemon.takes_sessions());
-        daemon.probed(Probe::Refused("connection refused".into()), &config);
-        assert!(!daemon.takes_sessions());
-        assert_eq!(daemon.reason, "connection refused");
-    }
-
-    #[test]
-    fn a_starting_daemon_becomes_ready_with_its_first_answer() {
-        let config = Config::default();
-        let mut daemon = Daemon::new("d".into(), Some(3));
-        daemon.probed(Probe::Refused("connection refused".into()), &config);
-        assert_eq!((daemon.state, daemon.health), (State::Starting, Health::Healthy));
-        daemon.probed(Probe::Answered(facts(64, 64)), &config);
-        assert_eq!((daemon.state, daemon.slots), (State::Ready, 3));
     }
 }

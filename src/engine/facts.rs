@@ -214,6 +214,7 @@ impl Engine {
         if !self.daemons.contains_key(daemon) {
             return;
         }
+        self.lose_emptied(daemon, began, &inventory, now);
         let containers: BTreeSet<&str> = inventory.containers.iter().map(|c| c.id.as_str()).collect();
         let networks: BTreeSet<&str> = inventory.networks.iter().map(|(id, _)| id.as_str()).collect();
         let volumes: BTreeSet<&str> = inventory.volumes.iter().map(String::as_str).collect();

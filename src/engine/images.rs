@@ -314,6 +314,19 @@ impl Images {
         (gone, made)
     }
 
+    /// Whether a list that was asked for at `began` has nothing any more of the references that were known on
+    /// `daemon`; `None` if none were.
+    pub fn emptied(&self, daemon: &DaemonId, began: Time, images: &[ListedImage]) -> Option<bool> {
+        let shelf = self.on.get(daemon).filter(|shelf| !shelf.references.is_empty())?;
+        let here: BTreeSet<&str> =
+            images.iter().flat_map(|i| i.references.iter().map(String::as_str)).collect();
+        let stays = |reference: &String| {
+            let entry = self.references.get(reference).and_then(|e| e.get(daemon));
+            here.contains(reference.as_str()) || entry.is_some_and(|e| e.at >= began)
+        };
+        Some(!shelf.references.iter().any(stays))
+    }
+
     /// Forgets a daemon.
     pub fn forget(&mut self, daemon: &DaemonId) {
         let Some(shelf) = self.on.remove(daemon) else { return };

@@ -8,21 +8,8 @@ use super::strangers::Strangers;
 use super::{Daemon, Engine, Timer, Unit, versions};
 
 impl Engine {
-    pub(super) fn probed(&mut self, daemon: &DaemonId, probe: Probe) {
-        let Some(d) = self.daemons.get_mut(daemon) else { return };
-        let (before, range) = (d.standing(), d.api_range());
-        d.probed(probe, &self.config);
-        if d.standing() != before {
-            self.effects.push(changed(d));
-            self.queue.changed = true;
-        }
-        if d.api_range() != range {
-            self.agree_on_versions();
-        }
-    }
-
     /// Recomputes the API range after a probe or a change of the pool, and refuses the daemons outside it.
-    fn agree_on_versions(&mut self) {
+    pub(super) fn agree_on_versions(&mut self) {
         let ranges =
             self.daemons.values().filter_map(|d| d.api_range().map(|range| (d.id.clone(), range))).collect();
         // Without daemons the last known range stays: clients negotiate before the first one is there.
@@ -53,6 +40,9 @@ impl Engine {
         for id in gone {
             self.lose(&id, now);
             self.daemons.remove(&id);
+            self.timers
+                .retain(|(_, timer)| !matches!(timer, Timer::Deep(d) | Timer::SlowStart(d) if *d == id));
+            self.shares_no_more(&id);
             self.effects.push(Effect::DaemonChanged {
                 daemon: id,
                 state: State::Gone,
@@ -83,7 +73,48 @@ impl Engine {
     }
 
     pub(super) fn replaced(&mut self, daemon: &DaemonId, now: Time) {
+        if let Some(d) = self.daemons.get_mut(daemon) {
+            d.forget_writes();
+        }
+        self.shares_no_more(daemon);
         self.lose(daemon, now);
+    }
+
+    /// The lists of a daemon were asked for at `began`. If nothing is left of what was there, its data has gone
+    /// although it still calls itself the same.
+    pub(super) fn lose_emptied(&mut self, daemon: &DaemonId, began: Time, inventory: &Inventory, now: Time) {
+        let listed: BTreeSet<(Kind, &str)> =
+            (inventory.containers.iter().map(|c| (Kind::Container, &c.id[..])))
+                .chain(inventory.networks.iter().map(|(id, _)| (Kind::Network, &id[..])))
+                .chain(inventory.volumes.iter().map(|name| (Kind::Volume, &name[..])))
+                .collect();
+        let known = self
+            .objects
+            .on(daemon)
+            .filter(|(kind, _, _)| matches!(kind, Kind::Container | Kind::Network | Kind::Volume));
+        let mut any = false;
+        for (kind, id, object) in known {
+            any = true;
+            if object.seen >= began || listed.contains(&(kind, id)) {
+                return;
+            }
+        }
+        match self.images.emptied(daemon, began, &inventory.images) {
+            Some(false) => return,
+            images => any |= images.is_some(),
+        }
+        if any {
+            self.effects.push(Effect::Emptied { daemon: daemon.clone() });
+            self.replaced(daemon, now);
+        }
+    }
+
+    fn shares_no_more(&mut self, daemon: &DaemonId) {
+        for d in self.daemons.values_mut() {
+            if d.shares.remove(daemon) {
+                self.effects.push(changed(d));
+            }
+        }
     }
 
     /// Everything on a daemon is lost: its sessions, their containers and images.
@@ -136,11 +167,12 @@ impl Engine {
     }
 }
 
-fn changed(daemon: &Daemon) -> Effect {
+/// Tells how a daemon stands now.
+pub(super) fn changed(daemon: &Daemon) -> Effect {
     Effect::DaemonChanged {
         daemon: daemon.id.clone(),
         state: daemon.state,
-        health: if daemon.misfit.is_some() { Health::Ejected } else { daemon.health },
-        reason: daemon.why().to_string(),
+        health: daemon.shown_health(),
+        reason: daemon.why(),
     }
 }

@@ -7,6 +7,7 @@ mod balancer;
 mod cordon;
 mod daemon;
 mod facts;
+mod health;
 pub mod images;
 mod invariants;
 mod members;
@@ -66,6 +67,8 @@ pub struct Config {
     pub eject_after: u32,
     /// Good probes in a row that bring it back.
     pub recover_after: u32,
+    /// Time between two deep probes of a daemon that is well; zero: there are none.
+    pub deep_probe_interval: Time,
     /// One higher after each restart or hand-over.
     pub epoch: u64,
 }
@@ -87,6 +90,7 @@ impl Default for Config {
             patience: Time::from_secs(120),
             eject_after: 2,
             recover_after: 2,
+            deep_probe_interval: Time::from_secs(60),
             epoch: 1,
         }
     }
@@ -109,6 +113,8 @@ struct Open {
     key: SessionKey,
     daemon: DaemonId,
     unit: Unit,
+    /// The work that it started.
+    work: Option<Work>,
     /// Whether its session counts it as open: a read of an unbound session has no session to count it.
     counted: bool,
     /// Whether images may come of it that only `/events` or a list will tell.
@@ -133,6 +139,10 @@ enum Timer {
     Patience(DaemonId),
     /// The deadline of a drain is over.
     Drain(DaemonId),
+    /// A daemon's next deep probe.
+    Deep(DaemonId),
+    /// The next step of a daemon's slow start.
+    SlowStart(DaemonId),
 }
 
 /// The state machine.
@@ -189,7 +199,10 @@ impl Engine {
             Event::Release { open, outcome } => self.release(open, outcome, now),
             Event::BuildSeen(open) => self.build_seen(open, now),
             Event::Learned { daemon, open, fact } => self.learned(&daemon, open, fact, now),
-            Event::Probed { daemon, probe } => self.probed(&daemon, probe),
+            Event::Probed { daemon, probe } => self.probed(&daemon, probe, now),
+            Event::Timed { daemon, took } => self.timed(&daemon, took),
+            Event::Wrote { daemon, result } => self.wrote(&daemon, result, now),
+            Event::Shared { one, other } => self.share(&one, &other),
             Event::Observed(observed) => self.observed(observed, now),
             Event::Replaced { daemon } => self.replaced(&daemon, now),
             Event::Inventory { daemon, began, inventory } => self.inventory(&daemon, began, inventory, now),
@@ -317,6 +330,7 @@ impl Engine {
             key,
             daemon: daemon.clone(),
             unit,
+            work: if let Class::Work(work) = class { Some(work) } else { None },
             counted,
             builds,
             lease,
@@ -451,7 +465,20 @@ impl Engine {
         self.settle(&gone.key, now);
         if unreached {
             let probe = Probe::Refused("connection refused".into());
-            self.probed(&gone.daemon, probe);
+            self.probed(&gone.daemon, probe, now);
+        } else {
+            self.judge(&gone, outcome, now);
+        }
+    }
+
+    /// What the end of a request says about its daemon's health.
+    fn judge(&mut self, gone: &Open, outcome: Outcome, now: Time) {
+        let Some(work) = gone.work.filter(|_| !gone.orphan) else { return };
+        let erred = outcome == Outcome::Erred;
+        // A container, a network and a BuildKit client that only lists workers are done at once when all is well.
+        let lasts = gone.unit == Unit::Build || matches!(work, Work::Build | Work::Load | Work::Pull);
+        if erred || (lasts && matches!(outcome, Outcome::Done | Outcome::DaemonFailed)) {
+            self.ended(&gone.daemon, erred, now.saturating_sub(gone.since), now);
         }
     }
 
@@ -573,6 +600,8 @@ impl Engine {
                 Timer::Session(key) => self.session_due(&key, now),
                 Timer::Container(daemon, id) => self.container_due(&daemon, &id, now),
                 Timer::Ticket(request) => self.ticket_due(request, now),
+                Timer::Deep(daemon) => self.deep_due(&daemon, now),
+                Timer::SlowStart(daemon) => self.step(&daemon, now),
                 Timer::Patience(daemon) => {
                     if let Some(d) = self.daemons.get_mut(&daemon) {
                         d.expected = false;

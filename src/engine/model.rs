@@ -198,8 +198,10 @@ pub enum Refusal {
 /// How a request or stream ended, as far as it matters to decisions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Outcome {
-    /// Finished in order, whatever its status code.
+    /// Finished in order.
     Done,
+    /// Finished in order, with a server error (500 or above) for an answer.
+    Erred,
     /// The client went away.
     ClientGone,
     /// The daemon broke the connection, or answered nonsense.
@@ -238,6 +240,30 @@ pub enum Probe {
     Failed(String),
     /// The connection was refused or reset: nobody is there.
     Refused(String),
+}
+
+/// The result of one deep probe: the daemon was given something to write.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DeepProbe {
+    /// It wrote it.
+    Wrote,
+    /// It said why not, or broke off.
+    Failed(String),
+    /// It did not answer in time, as one with a busy disk may.
+    Slow(String),
+    /// It could not be asked (an authorisation plugin, nobody there): that proves nothing.
+    Unsupported,
+}
+
+/// Why a daemon is ejected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Cause {
+    /// Its connections are refused.
+    Refused,
+    /// It does not answer `/info`.
+    Silent,
+    /// It cannot write.
+    Writes,
 }
 
 /// How an image reference came to point to what it points to.
@@ -378,6 +404,27 @@ pub enum Event {
         daemon: DaemonId,
         /// What came of it.
         probe: Probe,
+    },
+    /// How long the answer to a probe took.
+    Timed {
+        /// Which daemon.
+        daemon: DaemonId,
+        /// The time from the request to its answer.
+        took: Time,
+    },
+    /// A deep probe's result.
+    Wrote {
+        /// Which daemon.
+        daemon: DaemonId,
+        /// What came of it.
+        result: DeepProbe,
+    },
+    /// What was written through one daemon was seen through another, and they are not the same process.
+    Shared {
+        /// One of them.
+        one: DaemonId,
+        /// The other.
+        other: DaemonId,
     },
     /// The daemon at this name is not the one it was: what was known of it is lost.
     Replaced {
@@ -557,6 +604,30 @@ pub enum Effect {
         daemon: DaemonId,
         /// How.
         drained: Drained,
+    },
+    /// A daemon is to be given something to write; [`Event::Wrote`] tells what came of it.
+    ProbeDeeply {
+        /// Which.
+        daemon: DaemonId,
+    },
+    /// A daemon was ejected.
+    Ejected {
+        /// Which.
+        daemon: DaemonId,
+        /// Why.
+        cause: Cause,
+    },
+    /// A daemon came back without anything of what was on it.
+    Emptied {
+        /// Which.
+        daemon: DaemonId,
+    },
+    /// A daemon is refused because another one uses the same data root.
+    SharesData {
+        /// Which.
+        daemon: DaemonId,
+        /// The other.
+        with: DaemonId,
     },
     /// A daemon's state or health changed.
     DaemonChanged {

@@ -226,7 +226,7 @@ impl Engine {
     /// The daemon that the session was bound to last, while it has a free slot.
     fn former(&self, acquire: &Acquire) -> Option<&Daemon> {
         let home = self.sessions.get(&acquire.key)?.home.as_ref()?;
-        self.daemons.get(&home.daemon).filter(|d| d.used < d.slots)
+        self.daemons.get(&home.daemon).filter(|d| d.has_room())
     }
 
     /// The sentence that says what was tried.
@@ -251,7 +251,7 @@ impl Engine {
             .values()
             .take(8)
             .map(|d| {
-                let what = match (d.state, d.health, d.misfit.is_some()) {
+                let what = match (d.state, d.health, d.is_refused()) {
                     (State::Starting, _, _) => "starting",
                     (State::Draining, _, _) => "draining",
                     (_, Health::Ejected, _) => "ejected",
@@ -259,11 +259,8 @@ impl Engine {
                     _ if d.cordon.is_some() => "cordoned",
                     _ => "ready",
                 };
-                if d.why().is_empty() {
-                    format!("{} {what}", d.id)
-                } else {
-                    format!("{} {what} ({})", d.id, d.why())
-                }
+                let why = d.why();
+                if why.is_empty() { format!("{} {what}", d.id) } else { format!("{} {what} ({why})", d.id) }
             })
             .collect();
         if self.daemons.len() > tried.len() {

@@ -401,11 +401,11 @@ impl Engine {
     }
 
     fn any_room(&self) -> bool {
-        self.daemons.values().any(|d| d.used < d.slots && d.takes_sessions())
+        self.daemons.values().any(|d| d.has_room() && d.takes_sessions())
     }
 
     fn has_room(&self, daemon: &DaemonId) -> bool {
-        self.daemons.get(daemon).is_some_and(|d| d.used < d.slots)
+        self.daemons.get(daemon).is_some_and(|d| d.has_room())
     }
 
     fn tenant_is_full(&self, tenant: &Tenant) -> bool {

@@ -58,7 +58,12 @@ struct Simulation {
 
 impl Simulation {
     fn new(seed: u64, trace: bool) -> Self {
-        let config = Config { memory: Time::from_secs(48 * 3600), queue_limit: 0, ..Config::default() };
+        let config = Config {
+            memory: Time::from_secs(48 * 3600),
+            queue_limit: 0,
+            deep_probe_interval: Time::from_secs(3 * 3600),
+            ..Config::default()
+        };
         Simulation {
             engine: Engine::new(config.clone(), seed),
             shadow: Shadow::new(config),
@@ -97,6 +102,16 @@ impl Simulation {
             self.engine.check_invariants(); // Otherwise it has done so itself.
         }
         self.shadow.follow(&event, &effects, &self.engine, self.now);
+        for effect in &effects {
+            if let Effect::ProbeDeeply { daemon } = effect {
+                let result = match self.below(8) {
+                    0 => DeepProbe::Failed("no space left on device".into()),
+                    1 => DeepProbe::Slow("no answer within 10 s".into()),
+                    _ => DeepProbe::Wrote,
+                };
+                self.late.push(Event::Wrote { daemon: daemon.clone(), result });
+            }
+        }
         effects
     }
 
@@ -464,7 +479,6 @@ impl Simulation {
         assert!(self.engine.opens.is_empty(), "open: {:?}", self.engine.opens);
         assert!(self.engine.sessions.is_empty(), "sessions: {:?}", self.engine.sessions);
         assert!(self.engine.sources.is_empty(), "sources: {:?}", self.engine.sources);
-        assert!(self.engine.timers.is_empty(), "timers: {:?}", self.engine.timers);
         for daemon in self.daemons.keys() {
             let left: Vec<_> = self.engine.objects.on(daemon).collect();
             assert!(left.is_empty(), "objects on {daemon}: {left:?}");
@@ -472,6 +486,7 @@ impl Simulation {
         self.daemons.clear();
         self.observe();
         assert_eq!(self.engine.image_count(), 0);
+        assert!(self.engine.timers.is_empty(), "timers: {:?}", self.engine.timers);
     }
 
     fn run(&mut self) {

@@ -11,6 +11,10 @@ use crate::engine::model::{ApiVersion, Fact, Facts, Inventory, Kind, ListedConta
 /// The label that compose puts on everything it makes.
 pub const PROJECT: &str = "com.docker.compose.project";
 
+/// What deep probes make, an image and sometimes a volume, begins with this. It is nobody's, and unknown to the
+/// engine.
+pub const PROBE: &str = "dindpool-probe";
+
 /// The parts of `/info` that are used.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
@@ -97,6 +101,7 @@ pub fn inventory(containers: &Value, networks: &Value, volumes: &Value, images: 
         volumes: array(&volumes["Volumes"])
             .iter()
             .filter_map(|v| v["Name"].as_str().map(str::to_string))
+            .filter(|name| !name.starts_with(PROBE))
             .collect(),
         images: listed_images(images),
         projects: [
@@ -141,6 +146,7 @@ fn projects(list: &Value, kind: Kind, id: &str) -> Vec<(Kind, String, String)> {
 pub fn listed_images(images: &Value) -> Vec<ListedImage> {
     array(images)
         .iter()
+        .filter(|i| !array(&i["RepoTags"]).iter().filter_map(Value::as_str).any(is_probe))
         .filter_map(|i| {
             Some(ListedImage {
                 id: i["Id"].as_str()?.to_string(),
@@ -157,6 +163,10 @@ pub fn listed_images(images: &Value) -> Vec<ListedImage> {
             })
         })
         .collect()
+}
+
+fn is_probe(reference: &str) -> bool {
+    reference.strip_prefix(PROBE).is_some_and(|rest| rest.starts_with(':'))
 }
 
 fn array(value: &Value) -> &[Value] {
@@ -217,6 +227,10 @@ impl DaemonEvent {
     pub fn told(self) -> Option<Told> {
         let id = self.actor.id;
         let name = self.actor.attributes.name;
+        let probe = |name: &str| is_probe(name) || (self.kind == "volume" && name.starts_with(PROBE));
+        if probe(&id) || name.as_deref().is_some_and(probe) {
+            return None;
+        }
         let created =
             |kind: Kind, id: String, name: Option<String>| Some(Told::Fact(Fact::Created { kind, id, name }));
         let removed = |kind: Kind, id: String| Some(Told::Fact(Fact::Removed { kind, id }));

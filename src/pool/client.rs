@@ -60,6 +60,21 @@ pub async fn call(
     path: &str,
     body: Option<String>,
 ) -> Result<Response<Incoming>, CallError> {
+    let kind = if body.is_some() { "application/json" } else { "" };
+    send(endpoint, method, path, kind, body.unwrap_or_default().into()).await
+}
+
+/// The same with any body; `kind` is its Content-Type, empty without a body.
+///
+/// # Errors
+/// As [`call`].
+pub async fn send(
+    endpoint: &Endpoint,
+    method: Method,
+    path: &str,
+    kind: &'static str,
+    body: Bytes,
+) -> Result<Response<Incoming>, CallError> {
     let stream = endpoint.connect().await.map_err(|e| match e.kind() {
         io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound | io::ErrorKind::ConnectionReset => {
             CallError::Refused(e)
@@ -76,13 +91,26 @@ pub async fn call(
         .uri(path)
         .header(hyper::header::HOST, "docker")
         .header(hyper::header::USER_AGENT, concat!("dindpool/", env!("CARGO_PKG_VERSION")));
-    if body.is_some() {
-        request = request.header(hyper::header::CONTENT_TYPE, "application/json");
+    if !kind.is_empty() {
+        request = request.header(hyper::header::CONTENT_TYPE, kind);
     }
-    let request = request
-        .body(Full::new(Bytes::from(body.unwrap_or_default())))
-        .map_err(|e| CallError::Broken(e.to_string()))?;
+    let request = request.body(Full::new(body)).map_err(|e| CallError::Broken(e.to_string()))?;
     sender.send_request(request).await.map_err(broken)
+}
+
+/// Status and body of a GET within `deadline`, whatever the status.
+///
+/// # Errors
+/// What connect or HTTP says.
+pub async fn answer(endpoint: &Endpoint, path: &str, deadline: Duration) -> Result<(u16, Bytes), CallError> {
+    let answer = async {
+        let response = call(endpoint, Method::GET, path, None).await?;
+        let status = response.status().as_u16();
+        let body = http_body_util::Limited::new(response.into_body(), MAX_BODY);
+        let body = body.collect().await.map_err(|e| CallError::Broken(e.to_string()))?;
+        Ok((status, body.to_bytes()))
+    };
+    tokio::time::timeout(deadline, answer).await.unwrap_or(Err(CallError::Timeout(deadline)))
 }
 
 /// Headers and body of a successful GET within `deadline`.

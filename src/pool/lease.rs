@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::{Handle, Pool};
 use crate::drain::Signal;
@@ -17,6 +18,8 @@ pub struct Lease {
     daemon: Arc<Handle>,
     outcome: Outcome,
     cut: Signal,
+    /// It was answered with a server error.
+    erred: AtomicBool,
 }
 
 impl Lease {
@@ -28,7 +31,16 @@ impl Lease {
         daemon: Arc<Handle>,
     ) -> Self {
         let cut = daemon.cut();
-        Lease { pool, open, lease, fresh, daemon, outcome: Outcome::ClientGone, cut }
+        Lease {
+            pool,
+            open,
+            lease,
+            fresh,
+            daemon,
+            outcome: Outcome::ClientGone,
+            cut,
+            erred: AtomicBool::new(false),
+        }
     }
 
     /// The daemon that the request goes to.
@@ -71,6 +83,11 @@ impl Lease {
         self.pool.event(Event::BuildSeen(self.open));
     }
 
+    /// The daemon's answer has this status.
+    pub fn answered(&self, status: u16) {
+        self.erred.store(status >= 500, Ordering::Relaxed);
+    }
+
     /// The request has ended in this way.
     pub fn finish(mut self, outcome: Outcome) {
         self.outcome = outcome;
@@ -79,6 +96,9 @@ impl Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
+        if self.outcome == Outcome::Done && self.erred.load(Ordering::Relaxed) {
+            self.outcome = Outcome::Erred;
+        }
         if matches!(self.outcome, Outcome::DaemonFailed | Outcome::Unreached) {
             self.daemon.wake.notify_one();
         }

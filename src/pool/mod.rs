@@ -4,6 +4,7 @@
 pub mod about;
 pub mod client;
 pub mod cordon;
+mod deep;
 mod lease;
 pub mod status;
 mod ticket;
@@ -24,7 +25,7 @@ use crate::drain::Signal;
 use crate::engine::model::*;
 use crate::engine::{self, Engine};
 use crate::error::{Error, Kind as ErrorKind};
-use crate::metrics::{Metrics, health_word, state_word};
+use crate::metrics::{Metrics, cause_word, health_word, state_word};
 use crate::provision::{DaemonSpec, Endpoint, Observation};
 use about::About;
 pub use lease::Lease;
@@ -76,10 +77,14 @@ pub struct Handle {
     pub source_ips: Vec<IpAddr>,
     /// Probe it now: a request has just failed.
     wake: Notify,
+    /// Probe it deeply now.
+    deep: Notify,
     /// List its images now.
     relist: Notify,
     /// When listing its images has failed last, if that was the last time.
     unlisted: Mutex<Option<Instant>>,
+    /// When it could last not be told whether it shares its data root, if that was the last time.
+    unsure: Mutex<Option<Instant>>,
     about: Mutex<Option<Arc<About>>>,
     /// Probes in a row that had no answer, and when the first of them was given up.
     silence: Mutex<Option<(Instant, u32)>>,
@@ -337,8 +342,8 @@ impl Pool {
                         .map(|m| m.handle.endpoint.to_string())
                         .unwrap_or_default(),
                     state: d.state,
-                    health: if d.misfit.is_some() { Health::Ejected } else { d.health },
-                    reason: d.reason.clone(),
+                    health: d.shown_health(),
+                    reason: d.why(),
                     cordoned: d.cordon.is_some(),
                     cordon: d.cordon.as_ref().map(|c| cordon::status(c, now)),
                     version: d.facts.as_ref().map(|f| f.version.clone()).unwrap_or_default(),
@@ -346,6 +351,9 @@ impl Pool {
                     used: d.used,
                     strangers: d.strangers(),
                     sessions: d.sessions.len(),
+                    open_slots: d.capacity(),
+                    back_off: d.back_off().as_secs_f64(),
+                    latency: d.latency().map(|l| l.as_secs_f64()),
                 })
                 .collect(),
             sessions: state
@@ -370,7 +378,7 @@ impl Pool {
                 limit: self.config.engine.queue_limit,
                 tickets,
             },
-            problems: state.problems.clone(),
+            problems: state.problems.iter().cloned().chain(state.engine.alarms()).collect(),
             images: state.engine.image_count(),
         }
     }
@@ -476,6 +484,24 @@ impl Pool {
             | Effect::Uncordoned { .. }
             | Effect::Draining { .. }
             | Effect::Drained { .. } => self.cordon_changed(state, effect),
+            Effect::ProbeDeeply { daemon } => {
+                if let Some(member) = state.daemons.get(&daemon) {
+                    member.handle.deep.notify_one();
+                }
+            }
+            Effect::Ejected { cause, .. } => {
+                self.metrics.ejections.with_label_values(&[cause_word(cause)]).inc();
+            }
+            Effect::Emptied { daemon } => {
+                tracing::warn!(%daemon, "the daemon came back without anything that was on it");
+            }
+            Effect::SharesData { daemon, with } => {
+                self.metrics.shared_roots.inc();
+                tracing::error!(
+                    %daemon, %with,
+                    "two daemons share one data root, which destroys what is in it: neither gets new sessions"
+                );
+            }
             Effect::DaemonChanged { daemon, state, health, reason } => {
                 let became = match (state, health) {
                     (engine::model::State::Ready, Health::Ejected) => "ejected",
@@ -538,8 +564,10 @@ impl Pool {
                 endpoint: spec.endpoint.clone(),
                 source_ips: spec.source_ips.clone(),
                 wake: Notify::new(),
+                deep: Notify::new(),
                 relist: Notify::new(),
                 unlisted: Mutex::new(None),
+                unsure: Mutex::new(None),
                 about: Mutex::new(None),
                 silence: Mutex::new(None),
                 cut: Mutex::default(),

@@ -54,6 +54,15 @@ pub struct DaemonStatus {
     pub strangers: u32,
     /// Sessions with a lease.
     pub sessions: usize,
+    /// Slots that are open: fewer than `slots` during a slow start.
+    #[serde(default)]
+    pub open_slots: u32,
+    /// For how many seconds it must be well before it gets sessions again; 0 unless it is ejected.
+    #[serde(default)]
+    pub back_off: f64,
+    /// How many seconds `/info` takes, smoothed; `null` until it has answered.
+    #[serde(default)]
+    pub latency: Option<f64>,
 }
 
 impl DaemonStatus {

@@ -21,6 +21,7 @@ use tokio::time::Instant;
 
 use super::about::{self, About, DaemonEvent, Told};
 use super::client::{self, CallError};
+use super::deep::{self, Kinship};
 use super::{Handle, Pool};
 use crate::engine::model::{Event, Facts, Probe};
 
@@ -36,21 +37,34 @@ pub(super) const QUICK_LIST_DEADLINE: Duration = Duration::from_secs(2);
 /// After a list that came too late, requests go on without one for so long.
 const WITHOUT_LIST: Duration = Duration::from_secs(10);
 
+/// Two daemons that do not tell what they are to each other are asked again after this time.
+const UNSURE: Duration = Duration::from_secs(10);
+
 /// Watches `handle` until it is aborted.
 pub(super) async fn watch(pool: Arc<Pool>, handle: Arc<Handle>) {
+    let deep = async {
+        loop {
+            handle.deep.notified().await;
+            deep::probe(&pool, &handle).await;
+        }
+    };
+    tokio::join!(meet(&pool, &handle), deep);
+}
+
+async fn meet(pool: &Arc<Pool>, handle: &Handle) {
     let mut identity: Option<String> = None;
     loop {
-        match contact(&pool, &handle, &mut identity).await {
+        match contact(pool, handle, &mut identity).await {
             Ok((facts, events)) => {
                 let met = Instant::now();
-                probed(&pool, &handle, Probe::Answered(facts));
-                follow(&pool, &handle, events, &mut identity).await;
+                probed(pool, handle, Probe::Answered(facts));
+                follow(pool, handle, events, &mut identity).await;
                 // Something between that cuts every stream at once is no reason to list without a pause.
                 tokio::time::sleep_until(met + RETRY).await;
             }
             Err(error) => {
-                unanswered(&handle, &error);
-                probed(&pool, &handle, failed(&error));
+                unanswered(handle, &error);
+                probed(pool, handle, failed(&error));
                 tokio::select! {
                     () = tokio::time::sleep(RETRY) => {}
                     () = handle.wake.notified() => {}
@@ -85,7 +99,7 @@ fn probed(pool: &Pool, handle: &Handle, probe: Probe) {
         Probe::Failed(_) => "failed",
         Probe::Refused(_) => "refused",
     };
-    pool.metrics.probes.with_label_values(&[outcome]).inc();
+    pool.metrics.probes.with_label_values(&["info", outcome]).inc();
     pool.event(Event::Probed { daemon: handle.id.clone(), probe });
 }
 
@@ -98,7 +112,7 @@ async fn contact(
     let deadline = pool.config.probe_deadline;
     let (ping, _) = client::get(&handle.endpoint, "/_ping", deadline).await?;
     let version: Value = client::json(&handle.endpoint, "/version", deadline).await?;
-    let info: about::Info = client::json(&handle.endpoint, "/info", deadline).await?;
+    let info = inform(pool, handle).await?;
     let facts = about::facts(&info, &version);
     recognise(pool, handle, identity, &facts);
     merge(pool, handle, &facts).await;
@@ -119,6 +133,14 @@ async fn contact(
     pool.event(Event::Inventory { daemon: handle.id.clone(), began, inventory });
     pool.know(handle, About::new(&ping, version));
     Ok((facts, events.into_body()))
+}
+
+/// `/info`, and how long it took.
+async fn inform(pool: &Pool, handle: &Handle) -> Result<about::Info, CallError> {
+    let asked = Instant::now();
+    let info = client::json(&handle.endpoint, "/info", pool.config.probe_deadline).await?;
+    pool.event(Event::Timed { daemon: handle.id.clone(), took: asked.elapsed() });
+    Ok(info)
 }
 
 /// Another engine id at the same address is another daemon: what the sessions had there is lost.
@@ -153,10 +175,10 @@ async fn follow(pool: &Arc<Pool>, handle: &Handle, mut events: Incoming, identit
                 _ => return,
             },
             () = tokio::time::sleep_until(next), if probe.is_none() => {
-                probe = Some(Box::pin(client::json::<about::Info>(&handle.endpoint, "/info", pool.config.probe_deadline)));
+                probe = Some(Box::pin(inform(pool, handle)));
             }
             () = handle.wake.notified(), if probe.is_none() => {
-                probe = Some(Box::pin(client::json::<about::Info>(&handle.endpoint, "/info", pool.config.probe_deadline)));
+                probe = Some(Box::pin(inform(pool, handle)));
             }
             () = handle.relist.notified(), if list.is_none() => list = Some(Box::pin(list_images(pool, handle, LIST_DEADLINE))),
             () = pending_or(&mut list) => list = None,
@@ -179,7 +201,8 @@ async fn follow(pool: &Arc<Pool>, handle: &Handle, mut events: Incoming, identit
                             return;
                         }
                         // A daemon that is slow once is asked again at once; the deadline paces this.
-                        next = Instant::now() + RETRY;
+                        let pause = if matches!(error, CallError::Timeout(_)) { Duration::ZERO } else { RETRY };
+                        next = Instant::now() + pause;
                     }
                 }
             }
@@ -267,36 +290,34 @@ async fn list_containers(pool: &Pool, handle: &Handle) {
     }
 }
 
-/// If this daemon has the engine id of another one, finds out whether both are the same process, reached by
-/// two addresses. Equal ids alone prove nothing: 20.10 daemons of one host share `/etc/docker/key.json`. A
-/// volume made through one and seen through the other does: the local driver keeps its volumes in memory, so
-/// another process on the same data root would not see it.
+/// If this daemon has the engine id of another one, finds out what they are to each other. Equal ids alone prove
+/// nothing: 20.10 daemons of one host share `/etc/docker/key.json`.
 async fn merge(pool: &Arc<Pool>, handle: &Handle, facts: &Facts) {
+    if super::lock(&handle.unsure).is_some_and(|at| at.elapsed() < UNSURE) {
+        return;
+    }
     let mut unsure = false;
     for other in pool.twins(handle, &facts.engine_id) {
-        let marker = format!("dindpool-marker-{}-{}", std::process::id(), pool.next_log_id());
-        let body = serde_json::json!({ "Name": marker, "Labels": { "dindpool": "marker" } }).to_string();
-        let deadline = pool.config.probe_deadline;
-        let made = client::call(&handle.endpoint, Method::POST, "/volumes/create", Some(body));
-        let made = tokio::time::timeout(deadline, made).await;
-        if !matches!(&made, Ok(Ok(response)) if response.status().is_success()) {
-            unsure = true;
-            continue;
+        match deep::kinship(pool, handle, &other).await {
+            Kinship::Same => {
+                tracing::info!(daemon = %handle.id, same_as = %other.id, "one daemon listed twice: merged");
+                pool.alias(handle, &other.id);
+                return;
+            }
+            Kinship::Shared => {
+                pool.event(Event::Shared { one: handle.id.clone(), other: other.id.clone() });
+            }
+            Kinship::Strangers => {}
+            Kinship::Unknown => {
+                unsure = true;
+                tracing::warn!(
+                    daemon = %handle.id, other = %other.id,
+                    "two daemons have the same engine id, and it cannot be told whether they share a data root"
+                );
+            }
         }
-        let path = format!("/volumes/{marker}");
-        let seen = client::get(&other.endpoint, &path, deadline).await.is_ok();
-        let removed = client::call(&handle.endpoint, Method::DELETE, &path, None);
-        let _ = tokio::time::timeout(deadline, removed).await;
-        if seen {
-            tracing::info!(daemon = %handle.id, same_as = %other.id, "one daemon listed twice: merged");
-            pool.alias(handle, &other.id);
-            return;
-        }
-        tracing::warn!(
-            daemon = %handle.id, other = %other.id,
-            "two daemons have the same engine id; make sure that they do not share a data root"
-        );
     }
+    *super::lock(&handle.unsure) = unsure.then(std::time::Instant::now);
     if !unsure {
         pool.distinct(handle);
     }

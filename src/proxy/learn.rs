@@ -72,6 +72,7 @@ impl Observer for Watcher<'_> {
         if head.is_interim() {
             return;
         }
+        self.lease.answered(head.status);
         match self.learn {
             // A tag's answer has no body (201, length 0).
             Some(Learn::Image(reference)) if head.status == 201 => self.lease.learn(image(reference, None)),

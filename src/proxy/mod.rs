@@ -367,6 +367,7 @@ impl Connection {
                 Next::Close
             }
             relay::Outcome::Unanswered { status } => {
+                lease.answered(status);
                 let error = said(&mut daemon, status).await;
                 self.done(&route, &who, Some(&lease), started, "done");
                 lease.finish(Outcome::Done);
@@ -788,7 +789,7 @@ fn class_word(class: Class) -> &'static str {
 
 fn word(outcome: Outcome) -> &'static str {
     match outcome {
-        Outcome::Done => "done",
+        Outcome::Done | Outcome::Erred => "done",
         Outcome::ClientGone => "client-gone",
         Outcome::DaemonFailed => "daemon-failed",
         Outcome::Unreached => "unreached",

@@ -3,8 +3,10 @@
 #![allow(clippy::unwrap_used, reason = "a test that panics has failed, and says where")]
 
 mod builds;
+mod dockerd;
 mod drain;
 mod edge;
+mod health;
 mod queueing;
 mod records;
 

@@ -64,6 +64,12 @@ struct Member {
     draining: bool,
     failures: u32,
     successes: u32,
+    /// Since when it has been well.
+    well: Option<Time>,
+    /// It went out because it could not write.
+    writes: bool,
+    /// The same, and it has answered ever since.
+    passive: bool,
 }
 
 impl Member {
@@ -108,7 +114,16 @@ impl Shadow {
 
     /// Takes in an event and what came of it, and checks the engine against it.
     pub fn follow(&mut self, event: &Event, effects: &[Effect], engine: &Engine, now: Time) {
+        if let Event::Inventory { daemon, inventory, .. } = event
+            && effects.contains(&Effect::Emptied { daemon: daemon.clone() })
+        {
+            let known = |c: &&ListedContainer| self.containers.contains_key(&(daemon.clone(), c.id.clone()));
+            let left = inventory.containers.iter().find(known);
+            assert!(left.is_none(), "{daemon} still has {left:?}");
+            self.lose(daemon);
+        }
         let ended = self.event(event, now);
+        self.health(effects);
         self.effects(event, effects, ended.as_ref(), now);
         if let Event::Acquire(acquire) = event {
             self.acquired(acquire, effects, now);
@@ -130,11 +145,14 @@ impl Shadow {
                     self.members.entry(o.id.clone()).or_default().draining = o.draining;
                 }
             }
-            Event::Probed { daemon, probe } => self.probed(daemon, matches!(probe, Probe::Refused(_)), probe),
+            Event::Probed { daemon, probe } => {
+                self.probed(daemon, matches!(probe, Probe::Refused(_)), probe, now);
+            }
             Event::Replaced { daemon } => self.lose(daemon),
             Event::Learned { daemon, open, fact } => self.learned(daemon, *open, fact, now),
             Event::Inventory { daemon, began, inventory } => self.listed(daemon, *began, inventory),
             Event::Images { .. } => self.makers.extend(self.builders.iter().cloned()),
+            Event::Timed { .. } | Event::Wrote { .. } | Event::Shared { .. } => {}
             Event::Acquire(_) | Event::Abandon(_) | Event::Containers { .. } => {}
             Event::BuildSeen(open) => {
                 if let Some(grant) = self.grants.get_mut(open) {
@@ -144,7 +162,7 @@ impl Shadow {
             Event::Release { open, outcome } => {
                 let gone = self.grants.remove(open)?;
                 if *outcome == Outcome::Unreached {
-                    self.probed(&gone.daemon, true, &Probe::Refused(String::new()));
+                    self.probed(&gone.daemon, true, &Probe::Refused(String::new()), now);
                 }
                 return Some(gone);
             }
@@ -162,18 +180,43 @@ impl Shadow {
         None
     }
 
-    fn probed(&mut self, daemon: &DaemonId, refused: bool, probe: &Probe) {
+    fn probed(&mut self, daemon: &DaemonId, refused: bool, probe: &Probe, now: Time) {
         let Some(member) = self.members.get_mut(daemon) else { return };
         if matches!(probe, Probe::Answered(_)) {
             member.failures = 0;
             member.successes += 1;
             member.ready = true;
-            member.ejected &= member.successes < self.config.recover_after;
+            // It may be back before ([`Shadow::health`]), and is after the longest pause.
+            let well = now - *member.well.get_or_insert(now) >= Time::from_secs(60);
+            member.ejected &= member.writes || !well || member.successes < self.config.recover_after;
         } else {
             member.failures += 1;
-            member.successes = 0;
+            (member.successes, member.well) = (0, None);
+            member.passive &= !refused && member.failures < self.config.eject_after;
             member.ejected |=
                 (member.ready || member.draining) && (refused || member.failures >= self.config.eject_after);
+        }
+    }
+
+    /// Daemons that come back do so after good probes, and no more than half are out because they cannot write.
+    fn health(&mut self, effects: &[Effect]) {
+        for effect in effects {
+            match effect {
+                Effect::Ejected { daemon, cause: Cause::Writes } => {
+                    let member = self.members.get_mut(daemon).expect("one of them");
+                    (member.ejected, member.writes, member.passive) = (true, true, true);
+                    let ready = self.members.values().filter(|m| m.ready && !m.draining);
+                    let out = ready.clone().filter(|m| m.passive).count();
+                    assert!(out * 2 <= ready.count(), "{daemon} is one too many");
+                }
+                Effect::DaemonChanged { daemon, health: Health::Healthy, .. } => {
+                    let Some(member) = self.members.get_mut(daemon).filter(|m| m.ejected) else { continue };
+                    let enough = if member.writes { 1 } else { self.config.recover_after };
+                    assert!(member.successes >= enough, "{daemon} is back too soon");
+                    (member.ejected, member.writes, member.passive) = (false, false, false);
+                }
+                _ => {}
+            }
         }
     }
 
@@ -311,7 +354,8 @@ impl Shadow {
                     if *lost {
                         let gone = !self.members.contains_key(daemon);
                         let replaced = matches!(event, Event::Replaced { daemon: d } if d == daemon);
-                        assert!(gone || replaced, "{key} lost {daemon}, which is there");
+                        let emptied = effects.contains(&Effect::Emptied { daemon: daemon.clone() });
+                        assert!(gone || replaced || emptied, "{key} lost {daemon}, which is there");
                         continue;
                     }
                     let open = self.grants.values().any(|g| g.lease == Some(*lease) && !g.orphan);
