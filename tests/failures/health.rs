@@ -205,7 +205,8 @@ fn row_38_a_daemon_that_comes_back_empty_has_lost_its_sessions() {
     pool.wait_healthy(1, secs(20));
     let out = t.fails(&format!("docker start {name}"));
     assert!(out.stderr.contains("session lost: its daemon"), "{}", out.all());
-    assert!(pool.log().contains("the daemon came back without anything that was on it"));
+    let told = "the daemon came back without anything that was on it";
+    wait_until("the log says so", secs(5), || pool.log().contains(told));
     t.ok(&format!("docker build -q --network none -t img{name} ctx"));
     t.ok(&format!("docker run --rm --network none img{name} true"));
 }
@@ -230,7 +231,7 @@ fn row_40_two_daemons_on_one_data_root_are_both_refused() {
         let problems = pool.status()["problems"].to_string();
         assert!(problems.contains("share one data root"), "{problems}");
         assert!(metric(&pool, "dindpool_shared_data_roots_total") >= 2.0);
-        assert!(pool.log().contains("two daemons share one data root"));
+        wait_until("the log says so", secs(5), || pool.log().contains("two daemons share one data root"));
         say(format!(
             "          row 40: two dockerd {version} on one data root were told apart from a stranger"
         ));
