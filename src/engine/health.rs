@@ -454,16 +454,19 @@ impl Engine {
 
     /// What somebody must do something about, a sentence each.
     pub fn alarms(&self) -> Vec<String> {
-        self.daemons
-            .values()
-            .flat_map(|d| d.shares.iter().filter(|with| d.id < **with).map(move |with| (d, with)))
-            .map(|(d, with)| {
-                format!(
+        let mut alarms = Vec::new();
+        for d in self.daemons.values() {
+            for with in d.shares.iter().filter(|with| d.id < **with) {
+                alarms.push(format!(
                     "daemons {} and {with} share one data root, which destroys what is in it: give each its own",
                     d.id
-                )
-            })
-            .collect()
+                ));
+            }
+            if let Some(why) = d.vitals.failing.as_ref().filter(|_| d.health == Health::Healthy) {
+                alarms.push(format!("daemon {} {why}; it serves on, because too few are left", d.id));
+            }
+        }
+        alarms
     }
 }
 

@@ -9,6 +9,7 @@
 //! finds it by its id. Graph drivers read the image's document from disk and then miss its layer in memory
 //! ("layer does not exist", 20.10 to 28.5); with containerd's store (29) it is simply there.
 
+use std::collections::BTreeSet;
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::time::Duration;
@@ -50,6 +51,9 @@ pub(super) async fn probe(pool: &Pool, handle: &Handle) {
         DeepProbe::Slow(_) => "slow",
         DeepProbe::Unsupported => "unsupported",
     };
+    if let DeepProbe::Failed(reason) | DeepProbe::Slow(reason) = &result {
+        tracing::warn!(daemon = %handle.id, reason, "the deep probe failed: the daemon cannot write");
+    }
     pool.metrics.probes.with_label_values(&["deep", outcome]).inc();
     pool.event(Event::Wrote { daemon: handle.id.clone(), result });
 }
@@ -170,19 +174,21 @@ async fn remove(handle: &Handle, tag: &str) {
     let _ = tokio::time::timeout(DEADLINE, removed).await;
 }
 
-/// Removes what a probe has left that was cut off half-way. Another proxy's probe may be under way: it finds
-/// its image gone, and that is all the same to it.
+/// Removes what probes have left that were cut off half-way: what was there at the last deep probe already. What is
+/// new may be another proxy's, which looks for it this very moment.
 async fn sweep(handle: &Handle) {
     let path = format!("/images/json?filters=%7B%22reference%22%3A%5B%22{}%22%5D%7D", about::PROBE);
     let Ok(images) = client::json::<Value>(&handle.endpoint, &path, DEADLINE).await else { return };
     let images = images.as_array().cloned().unwrap_or_default();
-    for reference in images.iter().flat_map(|i| i["RepoTags"].as_array().cloned().unwrap_or_default()) {
-        // A daemon that knows no such filter lists everything.
-        let tag =
-            reference.as_str().and_then(|r| r.strip_prefix(about::PROBE)).and_then(|r| r.strip_prefix(':'));
-        if let Some(tag) = tag {
-            remove(handle, tag).await;
-        }
+    let tags = images.iter().flat_map(|i| i["RepoTags"].as_array().cloned().unwrap_or_default());
+    // A daemon that knows no such filter lists everything.
+    let tag = |reference: Value| {
+        Some(reference.as_str()?.strip_prefix(about::PROBE)?.strip_prefix(':')?.to_string())
+    };
+    let tags: BTreeSet<String> = tags.filter_map(tag).collect();
+    let before = std::mem::replace(&mut *super::lock(&handle.leftovers), tags.clone());
+    for tag in tags.intersection(&before) {
+        remove(handle, tag).await;
     }
 }
 

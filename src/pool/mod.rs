@@ -10,7 +10,7 @@ pub mod status;
 mod ticket;
 mod watch;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -83,6 +83,8 @@ pub struct Handle {
     relist: Notify,
     /// When listing its images has failed last, if that was the last time.
     unlisted: Mutex<Option<Instant>>,
+    /// Images of deep probes that were on it at the last one.
+    leftovers: Mutex<BTreeSet<String>>,
     /// When it could last not be told whether it shares its data root, if that was the last time.
     unsure: Mutex<Option<Instant>>,
     about: Mutex<Option<Arc<About>>>,
@@ -568,6 +570,7 @@ impl Pool {
                 relist: Notify::new(),
                 unlisted: Mutex::new(None),
                 unsure: Mutex::new(None),
+                leftovers: Mutex::default(),
                 about: Mutex::new(None),
                 silence: Mutex::new(None),
                 cut: Mutex::default(),

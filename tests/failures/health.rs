@@ -178,6 +178,28 @@ fn row_05_a_slow_daemon_is_avoided_and_does_not_flap() {
 }
 
 #[test]
+fn deep_probes_leave_nothing_and_are_nobodys() {
+    for version in ["20.10", "28.5", "29"] {
+        crate::require!(parts::dockerd(version));
+        let root = short_dir();
+        let daemon = Dockerd::start(version, root.path());
+        let direct = Session::new(&daemon.addr.url(), client::CLI_28);
+        let tar = parts::busybox("rootfs.tar");
+        // What a probe leaves that is cut off half-way.
+        direct.ok(&format!("docker import {} dindpool-probe:left", tar.display()));
+        let pool = Pool::serve([&daemon.addr]).env("DINDPOOL_DEEP_PROBE_INTERVAL", "300ms").start();
+        pool.wait_healthy(1, secs(20));
+        let probed = || metric(&pool, "dindpool_probes_total{kind=\"deep\",outcome=\"answered\"}");
+        wait_until("some probes", secs(30), || probed() >= 4.0);
+        wait_until("nothing is left", secs(5), || direct.ok("docker images -aq").trim().is_empty());
+        let status = pool.status();
+        assert_eq!(status["images"], 0, "the pool knows of none: {status}");
+        assert_eq!(status["sessions"].as_array().map(Vec::len), Some(0), "{status}");
+        assert_eq!(status["daemons"][0]["used"], 0, "it is no work: {status}");
+    }
+}
+
+#[test]
 fn row_38_a_daemon_that_comes_back_empty_has_lost_its_sessions() {
     crate::require!(needs());
     let root = short_dir();

@@ -191,6 +191,8 @@ fn at_most_half_of_the_pool_is_out_because_it_cannot_write() {
         ids.iter().for_each(|id| pool.is_full(id));
         let left = ids.iter().filter(|id| pool.takes(id)).count();
         assert_eq!(ids.len() - left, out, "of {daemons}");
+        let alarms = pool.engine.alarms();
+        assert_eq!(alarms.len(), left, "{alarms:?}");
         let last = pool.daemon(ids.last().unwrap());
         assert!(last.reason.contains(FULL) && last.reason.contains("it is not ejected"), "{}", last.reason);
     }
