@@ -45,6 +45,8 @@ pub struct Metrics {
     pub refused: IntCounterVec,
     /// Connections whose peer had vanished while data was on its way.
     pub peers_lost: IntCounterVec,
+    /// Ids that the daemons were asked for, by outcome.
+    pub lookups: IntCounterVec,
     /// Panics of a connection or another task.
     pub panics: IntCounter,
     /// Requests finished, by class and outcome.
@@ -186,6 +188,11 @@ impl Metrics {
                 "dindpool_peers_lost_total",
                 "Connections ended because their peer acknowledged nothing for 20 s, by what the peer is.",
                 &["side"],
+            )?,
+            lookups: counters(
+                "dindpool_lookups_total",
+                "Full ids that no list had and the daemons were asked for, by outcome.",
+                &["outcome"],
             )?,
             panics: counter(
                 "dindpool_panics_total",

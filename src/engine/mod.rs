@@ -262,6 +262,11 @@ impl Engine {
         self.daemons.values().filter(|d| d.builders.stale()).map(|d| d.id.clone()).collect()
     }
 
+    /// Whether this object is known by its id: where it is, or that it went with its daemon.
+    pub fn knows(&self, kind: Kind, id: &str) -> bool {
+        self.objects.knows(kind, id)
+    }
+
     /// How many image references the index knows.
     pub fn image_count(&self) -> usize {
         self.images.len()

@@ -233,6 +233,11 @@ impl Objects {
         }
     }
 
+    /// Whether anything is known of this id.
+    pub fn knows(&self, kind: Kind, id: &str) -> bool {
+        self.by_id.contains_key(&(kind, id.to_string())) || self.lost.contains_key(id)
+    }
+
     /// The daemon that a full id went with.
     pub fn lost_with(&self, id: &str) -> Option<&DaemonId> {
         self.lost.get(id)

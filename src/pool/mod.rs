@@ -6,19 +6,20 @@ pub mod client;
 pub mod cordon;
 mod deep;
 mod lease;
+mod lookup;
 pub mod status;
 mod ticket;
 mod watch;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use hyper::Method;
 use serde_json::Value;
-use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
 use tokio::task::JoinHandle;
 
 use crate::drain::Signal;
@@ -92,6 +93,8 @@ pub struct Handle {
     silence: Mutex<Option<(Instant, u32)>>,
     /// Breaks every stream to it that is open.
     cut: Mutex<Signal>,
+    /// What is on it has been listed once, or nobody was there.
+    met: AtomicBool,
 }
 
 /// So many probes in a row without an answer, and nobody should wait for this daemon: one more than eject it.
@@ -144,6 +147,8 @@ struct State {
     /// The last `/version` and ping headers of any daemon: clients negotiate also while none is there.
     about: Option<Arc<About>>,
     observed: Vec<DaemonSpec>,
+    /// The provisioner has said something.
+    observing: bool,
     problems: Vec<String>,
     next_request: u64,
 }
@@ -174,6 +179,11 @@ pub struct Pool {
     ticked: Notify,
     /// A drain has ended, or its daemon has gone.
     drain_ended: Notify,
+    /// Every daemon that is there has been listed once: from then on, what is known is all there is.
+    acquainted: AtomicBool,
+    met: Notify,
+    lookups: Semaphore,
+    nowhere: Mutex<lookup::Nowhere>,
     next_log: AtomicU64,
 }
 
@@ -187,6 +197,7 @@ impl Pool {
                 waiting: HashMap::new(),
                 about: None,
                 observed: Vec::new(),
+                observing: false,
                 problems: Vec::new(),
                 next_request: 0,
             }),
@@ -195,6 +206,10 @@ impl Pool {
             origin: Instant::now(),
             ticked: Notify::new(),
             drain_ended: Notify::new(),
+            acquainted: AtomicBool::new(false),
+            met: Notify::new(),
+            lookups: Semaphore::new(lookup::LOOKUPS),
+            nowhere: Mutex::default(),
             next_log: AtomicU64::new(0),
         })
     }
@@ -235,6 +250,7 @@ impl Pool {
     /// Asks for a daemon for one request: the only way from the proxy to the engine. The ticket has its lease at
     /// once, or waits in the queue; dropped, it has left the queue.
     pub async fn acquire(self: &Arc<Self>, want: &Want) -> Ticket {
+        self.find(want).await;
         if want.requirements.image.is_some() {
             self.refresh_images().await;
         }
@@ -529,7 +545,10 @@ impl Pool {
         }
         state.problems = observation.problems;
         state.observed = observation.daemons;
+        state.observing = true;
         self.reconcile(&mut state);
+        drop(state);
+        self.met.notify_waiters();
     }
 
     /// Brings the watches and the engine in line with what was observed last, aliases left out.
@@ -574,6 +593,7 @@ impl Pool {
                 about: Mutex::new(None),
                 silence: Mutex::new(None),
                 cut: Mutex::default(),
+                met: AtomicBool::new(false),
             });
             let watch = tokio::spawn(watch::watch(self.clone(), handle.clone()));
             state.daemons.insert(id, Member { handle, watch, engine_id: String::new(), alias_of: None });

@@ -58,6 +58,7 @@ async fn meet(pool: &Arc<Pool>, handle: &Handle) {
             Ok((facts, events)) => {
                 let met = Instant::now();
                 probed(pool, handle, Probe::Answered(facts));
+                pool.meet(handle);
                 follow(pool, handle, events, &mut identity).await;
                 // Something between that cuts every stream at once is no reason to list without a pause.
                 tokio::time::sleep_until(met + RETRY).await;
@@ -65,6 +66,9 @@ async fn meet(pool: &Arc<Pool>, handle: &Handle) {
             Err(error) => {
                 unanswered(handle, &error);
                 probed(pool, handle, failed(&error));
+                if matches!(error, CallError::Refused(_)) {
+                    pool.meet(handle);
+                }
                 tokio::select! {
                     () = tokio::time::sleep(RETRY) => {}
                     () = handle.wake.notified() => {}

@@ -9,6 +9,7 @@ mod edge;
 mod health;
 mod queueing;
 mod records;
+mod restart;
 
 #[path = "../common/mod.rs"]
 mod common;
