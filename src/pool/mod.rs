@@ -762,6 +762,21 @@ mod tests {
         pool.stop();
     }
 
+    #[tokio::test]
+    async fn a_panic_under_the_lock_leaves_the_pool_working() {
+        let pool = pool();
+        observe(&pool, &["a"]);
+        let other = pool.clone();
+        let panicked = std::thread::spawn(move || {
+            let _held = other.lock();
+            panic!("under the lock");
+        });
+        assert!(panicked.join().is_err() && pool.state.is_poisoned());
+        observe(&pool, &["a", "b"]);
+        assert_eq!(ids(&pool), ["a", "b"]);
+        pool.stop();
+    }
+
     #[test]
     fn nonsense_for_a_version_harms_nobody() {
         let rewrite = |v: Value| rewrite_version(&v, (1, 24), (1, 51));

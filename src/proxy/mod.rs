@@ -15,6 +15,8 @@ mod body;
 pub mod cancel;
 pub mod classify;
 pub mod identify;
+#[cfg(test)]
+mod isolation;
 mod learn;
 pub mod limits;
 pub mod listener;
@@ -345,6 +347,8 @@ impl Connection {
         let mut watcher = Watcher::new(&lease, route.learn.as_ref(), &named, route.json_stream);
         daemon.ask(route.is_prompt());
         self.streaming = true;
+        #[cfg(test)]
+        isolation::failpoint(head.target());
         let (client, cut) = (&mut self.client, lease.cut());
         let result = cut.wakes(pin!(exchange(client, &mut daemon, &head, options, &mut watcher))).await;
         self.streaming = false;

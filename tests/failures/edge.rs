@@ -155,11 +155,11 @@ fn row_24_a_flood_is_shed_with_503_while_admin_and_probes_go_on() {
     let mut grpc = Conn::connect(&pool.tcp);
     grpc.send("POST /grpc HTTP/1.1\r\nHost: \r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n");
     assert!(grpc.try_head().is_err());
-    let probes = pool.metric("dindpool_probes_total{outcome=\"answered\"}");
+    let probes = pool.metric("dindpool_probes_total{kind=\"info\",outcome=\"answered\"}");
     assert_eq!(pool.admin("/livez").head.status(), 200);
     assert_eq!(pool.admin("/readyz").head.status(), 200);
     wait_until("probes go on", secs(5), || {
-        pool.metric("dindpool_probes_total{outcome=\"answered\"}") > probes
+        pool.metric("dindpool_probes_total{kind=\"info\",outcome=\"answered\"}") > probes
     });
     assert!(pool.metric("dindpool_connections_refused_total{reason=\"total\"}") >= 300.0);
     let lines = pool.log().matches("connection refused: too many").count();

@@ -7,6 +7,7 @@ mod dockerd;
 mod drain;
 mod edge;
 mod health;
+mod network;
 mod queueing;
 mod records;
 mod restart;
