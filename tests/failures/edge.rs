@@ -68,14 +68,14 @@ fn row_02_requests_of_a_bound_session_to_a_frozen_daemon_end_with_504() {
     assert_eq!(pool.healthy(), 1);
     // Sent afterwards: also what may take long as a rule.
     let start = Instant::now();
-    let stop = t.start(&format!("docker stop -t 1 {name}"));
+    let wait = t.start(&format!("docker wait {name}"));
     let answer = http::get(&pool.tcp, &format!("/containers/{name}/json"));
     assert_eq!(answer.head.status(), 504, "{}", answer.text());
     assert_eq!(answer.head.get("content-type"), Some("application/json"));
     assert!(answer.head.get("retry-after").is_some() && answer.json()["message"].is_string());
     say(format!("          a later inspect: 504 after {:?}", start.elapsed()));
-    let out = stop.wait(secs(30));
-    say(format!("          a later stop: {:?}: {}", start.elapsed(), out.stderr.trim()));
+    let out = wait.wait(secs(30));
+    say(format!("          a later wait: {:?}: {}", start.elapsed(), out.stderr.trim()));
     assert!(out.code != 0 && out.stderr.contains("does not answer"));
     assert!(logs.output().is_none(), "a stream that is under way waits: {:?}", logs.output());
     drop(frozen);
