@@ -3,7 +3,7 @@
 use std::future::Future;
 use std::io::Write;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use anyhow::Context;
 use tokio::task::JoinSet;
@@ -20,6 +20,7 @@ use crate::proxy::limits::{Gate, raise_descriptors};
 use crate::proxy::listener::{self, Bound};
 use crate::proxy::peer::Peers;
 use crate::proxy::sweep::{self, Sweeper};
+use crate::reload::{Reload, Source};
 
 /// Bound sockets, so that every fault of an address is known before anything starts.
 pub struct Sockets {
@@ -84,7 +85,7 @@ pub fn say(line: &str) {
 /// What runs beside the pool; boxed, because each command has its own.
 pub type Beside = Pin<Box<dyn Future<Output = ()> + Send>>;
 
-/// Runs proxy and pool until `shutdown`, then ends open streams within their grace. `beside` makes a task that
+/// Runs proxy and pool until `shutdown`, with the settings of `source` after each SIGHUP; then ends open streams within their grace. `beside` makes a task that
 /// runs beside them (progress, for `up`).
 ///
 /// # Errors
@@ -93,6 +94,7 @@ pub async fn run(
     settings: Settings,
     sockets: Sockets,
     provisioner: Running,
+    source: Source,
     shutdown: impl Future<Output = ()>,
     beside: impl FnOnce(Arc<Pool>) -> Beside,
 ) -> anyhow::Result<()> {
@@ -108,12 +110,21 @@ pub async fn run(
         head_deadline: settings.head_deadline,
         metrics: metrics.clone(),
     });
-    count_panics(metrics.panics);
+    count_panics(metrics.panics.clone());
     let Running { observations, stop, stopped } = provisioner;
     let pool_task = tokio::spawn(pool.clone().run(observations));
     let admin = Arc::new(Admin::new(pool.clone(), proxy.drain.clone(), settings.admin_token.clone()));
     let admins: Vec<_> =
         sockets.admin.into_iter().map(|bound| tokio::spawn(admin::run(bound, admin.clone()))).collect();
+    let settings = Arc::new(RwLock::new(settings));
+    let reload = Reload {
+        source,
+        settings: settings.clone(),
+        pool: pool.clone(),
+        admin: admin.clone(),
+        metrics: metrics.clone(),
+    };
+    let reload_task = tokio::spawn(reload.run());
     let mut listeners = JoinSet::new();
     for (listener, bound) in sockets.listeners {
         listeners.spawn(listener::run(proxy.clone(), Arc::new(listener.identity), bound));
@@ -121,6 +132,8 @@ pub async fn run(
     let sweep_task = tokio::spawn(sweep::run(proxy.clone()));
     let beside_task = tokio::spawn(beside(pool.clone()));
     shutdown.await;
+    reload_task.abort();
+    let settings = settings.read().unwrap_or_else(PoisonError::into_inner).clone();
     proxy.drain.leave();
     if !settings.shutdown_delay.is_zero() {
         // Whoever sends clients here needs a moment to hear that they should go elsewhere.

@@ -33,4 +33,5 @@ pub mod metrics;
 pub mod pool;
 pub mod provision;
 pub mod proxy;
+pub mod reload;
 pub mod telemetry;

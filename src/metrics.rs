@@ -80,6 +80,12 @@ pub struct Metrics {
     pub probes: IntCounterVec,
     /// Changes of a daemon's standing, by what it became.
     pub transitions: IntCounterVec,
+    /// Reloads of the configuration, by `result` (`ok`, `refused`).
+    pub reloads: IntCounterVec,
+    /// Whether the last one was taken.
+    pub reloaded: IntGauge,
+    /// When the configuration that applies was read.
+    pub reload_time: IntGauge,
     /// Drains that ended, by how (`idle`, `cut`, `uncordoned`).
     pub drains: IntCounterVec,
     /// Requests that were tried on another daemon because the first could not be reached.
@@ -247,6 +253,15 @@ impl Metrics {
                 "dindpool_daemon_transitions_total",
                 "Changes of a daemon's state or health, by what it became.",
                 &["became"],
+            )?,
+            reloads: counters("dindpool_config_reloads_total", "Reloads of the configuration.", &["result"])?,
+            reloaded: gauge(
+                "dindpool_config_last_reload_successful",
+                "Whether the configuration that was read last is the one that applies.",
+            )?,
+            reload_time: gauge(
+                "dindpool_config_read_timestamp_seconds",
+                "When the configuration that applies was read, in Unix time.",
             )?,
             drains: counters("dindpool_drains_total", "Drains that ended, by how.", &["result"])?,
             retries: counter(

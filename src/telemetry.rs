@@ -5,10 +5,12 @@
 //! log that has stopped reading stops no request.
 
 use std::io::{self, IsTerminal, Write};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Registry, reload};
 
 /// How long lines are collected after some have been written: the first one of a burst is out at once, the
 /// others go together.
@@ -18,22 +20,37 @@ const MAX_WAITING: usize = 4 << 20;
 
 static LINES: Lines =
     Lines { waiting: Mutex::new(Waiting { bytes: Vec::new(), lost: 0 }), some: Condvar::new() };
+static LEVEL: OnceLock<reload::Handle<EnvFilter, Registry>> = OnceLock::new();
 /// Held while lines are written, so that they stay in order.
 static OUT: Mutex<()> = Mutex::new(());
 
 /// Starts the log. Does nothing if there is one already (tests).
 pub fn start(json: bool, level: &str) {
     let filter = EnvFilter::try_new(level).unwrap_or_else(|_| EnvFilter::new("info"));
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
+    let (filter, level) = reload::Layer::new(filter);
+    let log = tracing_subscriber::fmt::layer()
         .with_writer(|| &LINES)
         .with_target(false)
         .with_ansi(io::stderr().is_terminal());
-    let started = if json { log.json().flatten_event(true).try_init() } else { log.compact().try_init() };
+    let base = tracing_subscriber::registry().with(filter);
+    let started = if json {
+        base.with(log.json().flatten_event(true)).try_init()
+    } else {
+        base.with(log.compact()).try_init()
+    };
     if started.is_ok() {
+        let _ = LEVEL.set(level);
         // Without a thread nothing would ever be written, so that is not ignored.
         let writer = std::thread::Builder::new().name("log".into()).spawn(write_on);
         writer.map(drop).unwrap_or_else(|error| eprintln!("dindpool: no thread for the log: {error}"));
+    }
+}
+
+/// Logs what `level` says from now on; a filter that is none changes nothing.
+pub fn set_level(level: &str) {
+    if let (Some(handle), Ok(filter)) = (LEVEL.get(), EnvFilter::try_new(level)) {
+        // It fails only when the log has gone.
+        let _ = handle.reload(filter);
     }
 }
 

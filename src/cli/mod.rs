@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::config::{Raw, RawListener};
 
@@ -43,7 +44,7 @@ enum Command {
 }
 
 /// The settings that `serve` and `up` share. Each is also a variable and, but for `--config`, a key of the file.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub struct Common {
     /// Configuration file (TOML); unknown keys are refused
     #[arg(long, env = "DINDPOOL_CONFIG", value_name = "FILE")]
@@ -196,12 +197,24 @@ fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
 /// # Errors
 /// When the handlers cannot be installed.
 fn signals() -> std::io::Result<impl Future<Output = ()>> {
-    use tokio::signal::unix::{SignalKind, signal};
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let mut hangups = hangups()?;
+    // Whose terminal is closed hears SIGHUP too, and that is no wish to read a file again.
+    let terminal = || std::fs::File::open("/dev/tty").is_ok();
+    let at_terminal = terminal();
     Ok(async move {
+        let closed = async {
+            while hangups.recv().await.is_some() {
+                if at_terminal && !terminal() {
+                    return;
+                }
+            }
+            std::future::pending().await
+        };
         tokio::select! {
             _ = term.recv() => {}
             _ = int.recv() => {}
+            () = closed => {}
         }
         tokio::spawn(async move {
             tokio::select! {
@@ -211,6 +224,11 @@ fn signals() -> std::io::Result<impl Future<Output = ()>> {
             std::process::exit(130);
         });
     })
+}
+
+/// Listens to SIGHUP from this call on: it does not end the process any more.
+fn hangups() -> std::io::Result<Signal> {
+    signal(SignalKind::hangup())
 }
 
 #[cfg(test)]

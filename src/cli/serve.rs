@@ -2,12 +2,16 @@
 
 use clap::Args;
 
-use super::{Common, signals};
+use tokio::sync::watch;
+
+use super::{Common, hangups, signals};
 use crate::app::{self, Sockets};
+use crate::config::Settings;
 use crate::provision::fixed;
+use crate::reload::Source;
 use crate::telemetry;
 
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub struct Serve {
     #[command(flatten)]
     common: Common,
@@ -18,16 +22,23 @@ pub struct Serve {
 
 impl Serve {
     pub async fn run(self) -> anyhow::Result<()> {
-        let mut raw = self.common.raw()?;
-        if !self.daemon.is_empty() {
-            raw.daemons = Some(self.daemon);
-        }
-        let settings = raw.validate(true)?;
+        let settings = self.settings()?;
         telemetry::start(settings.log_json, &settings.log_level);
         let sockets = Sockets::bind(&settings).await?;
         let shutdown = signals()?;
         sockets.announce();
-        let provisioner = fixed::start(settings.daemons.clone(), fixed::Options::default());
-        app::run(settings, sockets, provisioner, shutdown, |_| Box::pin(async {})).await
+        let (daemons, list) = watch::channel(settings.daemons.clone());
+        let provisioner = fixed::start(list, fixed::Options::default());
+        let read = Box::new(move || self.settings());
+        let source = Source { read, hangups: hangups()?, daemons: Some(daemons) };
+        app::run(settings, sockets, provisioner, source, shutdown, |_| Box::pin(async {})).await
+    }
+
+    fn settings(&self) -> anyhow::Result<Settings> {
+        let mut raw = self.common.clone().raw()?;
+        if !self.daemon.is_empty() {
+            raw.daemons = Some(self.daemon.clone());
+        }
+        Ok(raw.validate(true)?)
     }
 }

@@ -9,18 +9,19 @@ use clap::Args;
 use tokio::sync::mpsc;
 
 use super::admin::{DATA, TOKEN_FILE};
-use super::{Common, signals};
+use super::{Common, hangups, signals};
 use crate::admin::token::Token;
 use crate::app::{self, Sockets, say};
-use crate::config::RawListener;
+use crate::config::{RawListener, Settings};
 use crate::pool::Pool;
 use crate::provision::process;
+use crate::reload::Source;
 use crate::telemetry;
 
 /// Where the Unix socket is unless another is asked for.
 const SOCKET: &str = "unix:///run/dindpool/dindpool.sock";
 
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub struct Up {
     #[command(flatten)]
     common: Common,
@@ -46,7 +47,31 @@ pub struct Up {
 
 impl Up {
     pub async fn run(self) -> anyhow::Result<()> {
-        let mut raw = self.common.raw()?;
+        let settings = self.settings()?;
+        anyhow::ensure!(self.daemons > 0, "--daemons: a pool needs at least one");
+        telemetry::start(settings.log_json, &settings.log_level);
+        let sockets = Sockets::bind(&settings).await?;
+        let addresses = sockets.addresses();
+        let (progress, lines) = mpsc::unbounded_channel();
+        let mut options = process::Options::new(&self.data);
+        options.daemons = self.daemons;
+        options.dockerd.clone_from(&self.dockerd);
+        options.extra_args.clone_from(&self.dockerd_arg);
+        options.progress = Some(progress);
+        // From here on Ctrl-C stops in order: daemons are about to be started.
+        let shutdown = signals()?;
+        let provisioner = process::start(options).await?;
+        sockets.announce();
+        let daemons = self.daemons;
+        let beside = move |pool| -> app::Beside { Box::pin(announce(pool, lines, addresses, daemons)) };
+        let read = Box::new(move || self.settings());
+        let source = Source { read, hangups: hangups()?, daemons: None };
+        app::run(settings, sockets, provisioner, source, shutdown, beside).await
+    }
+
+    /// The settings with what is different for a local pool.
+    fn settings(&self) -> anyhow::Result<Settings> {
+        let mut raw = self.common.clone().raw()?;
         if raw.listen.is_none() {
             std::fs::create_dir_all("/run/dindpool").ok();
             raw.listen = Some(
@@ -78,22 +103,7 @@ impl Up {
             // A person looks on: progress is enough, and what goes wrong.
             settings.log_level = "warn".into();
         }
-        anyhow::ensure!(self.daemons > 0, "--daemons: a pool needs at least one");
-        telemetry::start(settings.log_json, &settings.log_level);
-        let sockets = Sockets::bind(&settings).await?;
-        let addresses = sockets.addresses();
-        let (progress, lines) = mpsc::unbounded_channel();
-        let mut options = process::Options::new(&self.data);
-        options.daemons = self.daemons;
-        options.dockerd = self.dockerd;
-        options.extra_args = self.dockerd_arg;
-        options.progress = Some(progress);
-        // From here on Ctrl-C stops in order: daemons are about to be started.
-        let shutdown = signals()?;
-        let provisioner = process::start(options).await?;
-        sockets.announce();
-        let beside = move |pool| -> app::Beside { Box::pin(announce(pool, lines, addresses, self.daemons)) };
-        app::run(settings, sockets, provisioner, shutdown, beside).await
+        Ok(settings)
     }
 }
 

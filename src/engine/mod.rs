@@ -25,6 +25,8 @@ mod versions;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
+use serde::{Deserialize, Serialize};
+
 pub use cordon::{Cordon, Drain};
 pub use daemon::Daemon;
 use images::Images;
@@ -35,7 +37,7 @@ use session::Owned;
 pub use session::{Home, Session};
 
 /// What the engine is told once.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Config {
     /// How long a lease outlives the last thing of its session that was open.
     pub grace: Time,
@@ -214,6 +216,7 @@ impl Engine {
             Event::Cordon { daemon, by } => self.cordon(&daemon, by),
             Event::Uncordon { daemon, by } => self.uncordon(&daemon, by),
             Event::Drain { daemon, deadline } => self.drain(&daemon, deadline),
+            Event::Configured(config) => self.configured(*config, now),
             Event::Tick => self.tick(now),
         }
         self.advance_drains(now);
@@ -221,6 +224,17 @@ impl Engine {
         #[cfg(debug_assertions)]
         self.check_invariants();
         std::mem::take(&mut self.effects)
+    }
+
+    /// Other limits and times from now on. A ticket keeps the longest wait that it came with.
+    fn configured(&mut self, config: Config, now: Time) {
+        let epoch = self.config.epoch;
+        self.config = Config { epoch, ..config };
+        self.queue.changed = true;
+        // A shorter grace may be over already.
+        let mut keys: Vec<SessionKey> = self.sessions.keys().cloned().collect();
+        keys.sort_unstable();
+        keys.iter().for_each(|key| self.settle(key, now));
     }
 
     /// When [`Event::Tick`] is due next.

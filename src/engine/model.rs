@@ -482,6 +482,8 @@ pub enum Event {
     },
     /// The client of a request that waits has gone.
     Abandon(RequestId),
+    /// The configuration was read again.
+    Configured(Box<super::Config>),
     /// A daemon is to take no new sessions.
     Cordon {
         /// Which daemon.

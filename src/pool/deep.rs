@@ -97,7 +97,7 @@ async fn marked(pool: &Pool, one: &Handle, other: &Handle) -> Kinship {
 /// volumes in memory, so another process would not see a new one.
 async fn same_process(pool: &Pool, one: &Handle, other: &Handle) -> Kinship {
     let marker = format!("{}-{}-{}", about::PROBE, std::process::id(), pool.next_log_id());
-    let deadline = pool.config.probe_deadline;
+    let deadline = pool.config().probe_deadline;
     let body = serde_json::json!({ "Name": marker }).to_string();
     let made = client::call(&one.endpoint, Method::POST, "/volumes/create", Some(body));
     let made = tokio::time::timeout(deadline, made).await;

@@ -63,7 +63,7 @@ impl Lease {
     /// # Errors
     /// What connect says, or that it took too long. No byte has reached the daemon then.
     pub async fn connect(&self) -> io::Result<Stream> {
-        let deadline = self.pool.config.connect_deadline;
+        let deadline = self.pool.config().connect_deadline;
         match tokio::time::timeout(deadline, self.daemon.endpoint.connect()).await {
             Ok(result) => result,
             Err(_) => Err(io::Error::new(

@@ -14,7 +14,7 @@ mod watch;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use hyper::Method;
@@ -172,7 +172,8 @@ struct Granted {
 
 /// The pool.
 pub struct Pool {
-    config: Config,
+    /// Replaced as a whole by a reload.
+    config: RwLock<Arc<Config>>,
     state: Mutex<State>,
     metrics: Metrics,
     origin: Instant,
@@ -201,7 +202,7 @@ impl Pool {
                 problems: Vec::new(),
                 next_request: 0,
             }),
-            config,
+            config: RwLock::new(Arc::new(config)),
             metrics,
             origin: Instant::now(),
             ticked: Notify::new(),
@@ -393,7 +394,7 @@ impl Pool {
                 .collect(),
             queue: QueueStatus {
                 waiting: u32::try_from(tickets.len()).unwrap_or(u32::MAX),
-                limit: self.config.engine.queue_limit,
+                limit: self.config().engine.queue_limit,
                 tickets,
             },
             problems: state.problems.iter().cloned().chain(state.engine.alarms()).collect(),
@@ -407,8 +408,17 @@ impl Pool {
     }
 
     /// How the pool was configured.
-    pub fn config(&self) -> &Config {
-        &self.config
+    pub fn config(&self) -> Arc<Config> {
+        self.config.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Behaves as `config` says from now on.
+    pub fn configure(self: &Arc<Self>, config: Config) {
+        let engine = Box::new(config.engine.clone());
+        *self.config.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(config);
+        let mut state = self.lock();
+        self.handle(&mut state, Event::Configured(engine));
+        self.reconcile(&mut state);
     }
 
     /// A number for the next request's log line and error message.
@@ -489,9 +499,10 @@ impl Pool {
             }
             Effect::Overdue { key, containers } => {
                 self.metrics.leases_overdue.inc();
+                let stop = self.config().stop_overdue;
                 let n = containers.len();
-                tracing::warn!(session = %key, containers = n, stop = self.config.stop_overdue, "nobody attends its containers");
-                if self.config.stop_overdue {
+                tracing::warn!(session = %key, containers = n, stop, "nobody attends its containers");
+                if stop {
                     let handle = |(id, container): (DaemonId, String)| {
                         Some((state.daemons.get(&id)?.handle.clone(), container))
                     };
@@ -598,6 +609,7 @@ impl Pool {
             let watch = tokio::spawn(watch::watch(self.clone(), handle.clone()));
             state.daemons.insert(id, Member { handle, watch, engine_id: String::new(), alias_of: None });
         }
+        let slots = self.config().slots;
         let observed = specs
             .iter()
             .filter(|spec| {
@@ -607,7 +619,7 @@ impl Pool {
                 id: spec.id.as_str().into(),
                 draining: spec.draining,
                 pending: spec.pending.clone(),
-                slots: self.config.slots,
+                slots,
             })
             .collect();
         self.handle(state, Event::Observed(observed));

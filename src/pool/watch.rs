@@ -113,7 +113,7 @@ async fn contact(
     handle: &Handle,
     identity: &mut Option<String>,
 ) -> Result<(Facts, Incoming), CallError> {
-    let deadline = pool.config.probe_deadline;
+    let deadline = pool.config().probe_deadline;
     let (ping, _) = client::get(&handle.endpoint, "/_ping", deadline).await?;
     let version: Value = client::json(&handle.endpoint, "/version", deadline).await?;
     let info = inform(pool, handle).await?;
@@ -142,7 +142,7 @@ async fn contact(
 /// `/info`, and how long it took.
 async fn inform(pool: &Pool, handle: &Handle) -> Result<about::Info, CallError> {
     let asked = Instant::now();
-    let info = client::json(&handle.endpoint, "/info", pool.config.probe_deadline).await?;
+    let info = client::json(&handle.endpoint, "/info", pool.config().probe_deadline).await?;
     pool.event(Event::Timed { daemon: handle.id.clone(), took: asked.elapsed() });
     Ok(info)
 }
@@ -159,7 +159,7 @@ fn recognise(pool: &Pool, handle: &Handle, identity: &mut Option<String>, facts:
 /// Applies events and probes until the events end or the daemon is another.
 async fn follow(pool: &Arc<Pool>, handle: &Handle, mut events: Incoming, identity: &mut Option<String>) {
     let mut lines = Lines::default();
-    let mut next = Instant::now() + pool.config.probe_interval;
+    let mut next = Instant::now() + pool.config().probe_interval;
     let mut probe = None;
     // Beside the probes: a daemon that is slow to list must be found out in time all the same.
     let mut list = None;
@@ -190,7 +190,7 @@ async fn follow(pool: &Arc<Pool>, handle: &Handle, mut events: Incoming, identit
                 probe = None;
                 match result {
                     Ok(info) => {
-                        next = Instant::now() + pool.config.probe_interval;
+                        next = Instant::now() + pool.config().probe_interval;
                         if identity.as_ref().is_some_and(|known| *known != info.id) {
                             return;
                         }

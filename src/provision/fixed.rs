@@ -12,7 +12,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{DaemonSpec, Endpoint, Observation, Running};
 
@@ -109,17 +109,21 @@ impl Default for Options {
     }
 }
 
-/// Starts watching `addresses`, resolving names through the system's resolver.
+/// Starts watching `addresses`, whose list may change, resolving names through the system's resolver.
 ///
 /// Must be called inside a tokio runtime.
-pub fn start(addresses: Vec<FixedAddress>, options: Options) -> Running {
+pub fn start(addresses: watch::Receiver<Vec<FixedAddress>>, options: Options) -> Running {
     start_with(addresses, options, |host, port| async move {
         Ok(tokio::net::lookup_host((host.as_str(), port)).await?.collect())
     })
 }
 
 /// [`start`] with a resolver of the caller's.
-pub fn start_with<R, F>(addresses: Vec<FixedAddress>, options: Options, resolve: R) -> Running
+pub fn start_with<R, F>(
+    addresses: watch::Receiver<Vec<FixedAddress>>,
+    options: Options,
+    resolve: R,
+) -> Running
 where
     R: Fn(String, u16) -> F + Send + 'static,
     F: Future<Output = io::Result<Vec<SocketAddr>>> + Send,
@@ -129,15 +133,15 @@ where
     let stopped = tokio::spawn(async move {
         tokio::select! {
             _ = stop_rx => {}
-            () = watch(addresses, options, resolve, tx) => {}
+            () = follow(addresses, options, resolve, tx) => {}
         }
     });
     Running { observations, stopped, stop }
 }
 
 /// Resolves, tells what changed, waits; until nobody listens.
-async fn watch<R, F>(
-    addresses: Vec<FixedAddress>,
+async fn follow<R, F>(
+    mut list: watch::Receiver<Vec<FixedAddress>>,
     options: Options,
     resolve: R,
     tx: mpsc::Sender<Observation>,
@@ -147,8 +151,9 @@ async fn watch<R, F>(
 {
     let mut known: BTreeMap<(String, u16), Vec<SocketAddr>> = BTreeMap::new();
     let mut told: Option<Observation> = None;
-    let has_names = addresses.iter().any(|address| matches!(address, FixedAddress::Name { .. }));
     loop {
+        let addresses = list.borrow_and_update().clone();
+        let has_names = addresses.iter().any(|address| matches!(address, FixedAddress::Name { .. }));
         let mut problems = Vec::new();
         for address in &addresses {
             let FixedAddress::Name { host, port } = address else { continue };
@@ -176,12 +181,14 @@ async fn watch<R, F>(
             }
             told = Some(observation);
         }
-        if !has_names {
-            tx.closed().await;
-            return;
-        }
+        let changed = async {
+            if list.changed().await.is_err() {
+                std::future::pending::<()>().await; // Nobody changes it any more.
+            }
+        };
         tokio::select! {
-            () = tokio::time::sleep(options.refresh) => {}
+            () = tokio::time::sleep(options.refresh), if has_names => {}
+            () = changed => {}
             () = tx.closed() => return,
         }
     }
@@ -255,6 +262,23 @@ mod tests {
 
     use super::*;
 
+    /// A list that does not change.
+    fn given(list: Vec<FixedAddress>) -> watch::Receiver<Vec<FixedAddress>> {
+        watch::channel(list).1
+    }
+
+    #[tokio::test]
+    async fn a_list_that_changes_is_told_at_once() {
+        let (list, addresses) = watch::channel(vec![parse("tcp://10.0.0.3").unwrap()]);
+        let mut running = start(addresses, Options::default());
+        assert_eq!(ids(&running.observations.recv().await.unwrap()), ["10.0.0.3:2375"]);
+        list.send(vec![parse("unix:///run/a.sock").unwrap(), parse("tcp://10.0.0.3").unwrap()]).unwrap();
+        assert_eq!(ids(&running.observations.recv().await.unwrap()), ["/run/a.sock", "10.0.0.3:2375"]);
+        drop(list);
+        drop(running.observations);
+        running.stopped.await.unwrap();
+    }
+
     fn ids(observation: &Observation) -> Vec<&str> {
         observation.daemons.iter().map(|daemon| daemon.id.as_str()).collect()
     }
@@ -301,7 +325,7 @@ mod tests {
     #[tokio::test]
     async fn a_list_without_names_is_told_once_and_asks_no_resolver() {
         let list = ["tcp://10.0.0.3", "unix:///run/a.sock", "tcp://127.0.0.1:1", "tcp://10.0.0.3:2375"];
-        let list = list.iter().map(|text| parse(text).unwrap()).collect();
+        let list = given(list.iter().map(|text| parse(text).unwrap()).collect());
         let mut running =
             start_with(list, Options::default(), |_, _| async { panic!("the resolver was asked") });
         let seen = running.observations.recv().await.unwrap();
@@ -318,13 +342,14 @@ mod tests {
         let answers =
             [vec!["10.0.0.2:7", "10.0.0.1:7"], vec!["10.0.0.1:7", "10.0.0.2:7"], vec!["10.0.0.2:7"]];
         let turn = Arc::new(Mutex::new(0));
-        let mut running = start_with(vec![name("dind.ci", 7)], Options::default(), move |host, port| {
-            assert_eq!((host.as_str(), port), ("dind.ci", 7));
-            let mut turn = turn.lock().unwrap();
-            let answer = answers[(*turn).min(2)].iter().map(|text| text.parse().unwrap()).collect();
-            *turn += 1;
-            async move { Ok(answer) }
-        });
+        let mut running =
+            start_with(given(vec![name("dind.ci", 7)]), Options::default(), move |host, port| {
+                assert_eq!((host.as_str(), port), ("dind.ci", 7));
+                let mut turn = turn.lock().unwrap();
+                let answer = answers[(*turn).min(2)].iter().map(|text| text.parse().unwrap()).collect();
+                *turn += 1;
+                async move { Ok(answer) }
+            });
         let seen = running.observations.recv().await.unwrap();
         assert_eq!(ids(&seen), ["10.0.0.1:7", "10.0.0.2:7"]);
         let seen = running.observations.recv().await.unwrap();
@@ -334,7 +359,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_failed_resolution_keeps_what_was_known_and_is_reported() {
         let turn = Arc::new(Mutex::new(0));
-        let mut running = start_with(vec![name("dind.ci", 7)], Options::default(), move |_, _| {
+        let mut running = start_with(given(vec![name("dind.ci", 7)]), Options::default(), move |_, _| {
             *turn.lock().unwrap() += 1;
             let turn = *turn.lock().unwrap();
             async move {
@@ -365,7 +390,7 @@ mod tests {
     #[tokio::test]
     async fn it_ends_when_nobody_listens() {
         let Running { observations, stopped, stop: _stop } =
-            start_with(vec![name("dind.ci", 7)], Options::default(), |_, _| async { Ok(Vec::new()) });
+            start_with(given(vec![name("dind.ci", 7)]), Options::default(), |_, _| async { Ok(Vec::new()) });
         drop(observations);
         stopped.await.unwrap();
     }

@@ -121,6 +121,11 @@ impl Pool {
         }
     }
 
+    /// Reads its configuration again.
+    pub fn reload(&self) {
+        kill(Pid::from_raw(self.process.id() as i32), Signal::SIGHUP).expect("the pool lives");
+    }
+
     /// Resident memory of the proxy, in KiB.
     pub fn rss(&self) -> u64 {
         let status =

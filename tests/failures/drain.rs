@@ -1,4 +1,4 @@
-//! Cordon and drain on real daemons.
+//! Cordon, drain and reload on real daemons.
 
 use std::time::{Duration, Instant};
 
@@ -47,6 +47,9 @@ fn cordons_and_drains() {
             row_37_a_stuck_drain_is_cut_at_its_deadline(pool, flavour);
         });
     }
+    all.add("a reload changes what can change, and a bad one nothing", || {
+        row_42_a_bad_configuration_leaves_the_old_one_in_place(pool);
+    });
     all.add("an unknown daemon is answered with the names that there are", || {
         let out = command(pool, &["cordon", "nobody"]);
         assert_eq!(out.status.code(), Some(1));
@@ -141,4 +144,39 @@ fn row_37_a_stuck_drain_is_cut_at_its_deadline(pool: &Pool, flavour: client::Fla
     let metrics = pool.admin("/metrics").text();
     assert!(metrics.contains("dindpool_drains_total{result=\"cut\"}"), "{metrics}");
     assert!(command(pool, &["uncordon", &home.id]).status.success());
+}
+
+fn row_42_a_bad_configuration_leaves_the_old_one_in_place(pool: &Pool) {
+    let daemons: Vec<String> = pool.daemons().iter().map(|d| d.addr.url()).collect();
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("dindpool.toml");
+    let write = |daemons: &[String], rest: &str| {
+        std::fs::write(&file, format!("daemons = {daemons:?}\n{rest}\n")).unwrap();
+    };
+    write(&daemons[..1], "queue_limit = 5");
+    let front = Pool::serve([]).arg("--config").arg(file.display().to_string()).start();
+    front.wait_healthy(1, secs(20));
+    assert_eq!(front.status()["queue"]["limit"], 5);
+    let metric = |text: &str| front.admin("/metrics").text().contains(text);
+    let build = HangingBuild::start(&front, client::CLI_28);
+    // A good one: another daemon, another limit.
+    write(&daemons, "queue_limit = 7\nlog_level = \"debug\"");
+    front.reload();
+    front.wait_healthy(2, secs(20));
+    assert_eq!(front.status()["queue"]["limit"], 7);
+    assert!(metric("dindpool_config_reloads_total{result=\"ok\"} 1"));
+    // It would take both daemons away, if anything of it applied.
+    write(&[], "queue_limit = 9\nqueue_wait = \"soon\"\nadmin = \"127.0.0.1:1\"\nnonsense = 1");
+    front.reload();
+    wait_until("it is refused", secs(10), || metric("dindpool_config_reloads_total{result=\"refused\"} 1"));
+    assert!(metric("dindpool_config_last_reload_successful 0"));
+    write(&daemons, "queue_limit = 9\nqueue_wait = \"soon\"\nslots = 0");
+    front.reload();
+    wait_until("that too", secs(10), || metric("dindpool_config_reloads_total{result=\"refused\"} 2"));
+    assert_eq!(front.status()["queue"]["limit"], 7, "the old one applies");
+    assert_eq!(front.healthy(), 2);
+    for fault in ["nonsense: unknown key", "queue_wait: soon is no duration"] {
+        wait_until(fault, secs(5), || front.log().contains(fault));
+    }
+    assert!(build.runs() && build.job.output().is_none(), "the build goes on through all of it");
 }
