@@ -50,6 +50,10 @@ fn cordons_and_drains() {
     all.add("a reload changes what can change, and a bad one nothing", || {
         row_42_a_bad_configuration_leaves_the_old_one_in_place(pool);
     });
+    all.add("without a token only the admin socket changes anything", || socket(pool));
+    all.add("a container that nobody attends is stopped after its lease, and its slot comes free", || {
+        overdue(pool);
+    });
     all.add("an unknown daemon is answered with the names that there are", || {
         let out = command(pool, &["cordon", "nobody"]);
         assert_eq!(out.status.code(), Some(1));
@@ -179,4 +183,49 @@ fn row_42_a_bad_configuration_leaves_the_old_one_in_place(pool: &Pool) {
         wait_until(fault, secs(5), || front.log().contains(fault));
     }
     assert!(build.runs() && build.job.output().is_none(), "the build goes on through all of it");
+}
+
+fn socket(pool: &Pool) {
+    let daemons = pool.daemons();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("admin.sock");
+    let url = format!("unix://{}", path.display());
+    let front = Pool::serve([&daemons[0].addr]).arg("--admin").arg(&url).start();
+    front.wait_healthy(1, secs(20));
+    let id = front.status()["daemons"][0]["id"].as_str().unwrap().to_string();
+    let cordon = |admin: &str| {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_dindpool"));
+        command.args(["cordon", &id, "--admin", admin]).output().unwrap()
+    };
+    let refused = cordon(&front.admin_url());
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(text(&refused).contains("--admin-token-file"), "{}", text(&refused));
+    assert_eq!(row(&front, &id)["cordoned"], false);
+    let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&path).unwrap().permissions());
+    assert_eq!(mode & 0o777, 0o600);
+    let done = cordon(&url);
+    assert!(done.status.success(), "{}", text(&done));
+    assert_eq!(row(&front, &id)["cordoned"], true);
+}
+
+fn overdue(pool: &Pool) {
+    let daemon = &pool.daemons()[0];
+    let front = Pool::serve([&daemon.addr])
+        .short_grace()
+        .env("DINDPOOL_CONTAINER_LEASE", "2s")
+        .env("DINDPOOL_OVERDUE_CONTAINERS", "stop")
+        .start();
+    front.wait_healthy(1, secs(20));
+    let session = Session::new(&front.host(), client::CLI_28);
+    let name = format!("o{}", unique());
+    session.context("ctx", "FROM scratch\nADD rootfs.tar /\n");
+    session.ok(&format!("docker build -q --network none -t {name} ctx"));
+    session.ok(&format!("docker run -d --name {name} --stop-timeout 1 --network none {name} sleep 1000"));
+    let state = || daemon.get(&format!("/containers/{name}/json"))["State"]["Status"].clone();
+    assert_eq!(state(), "running");
+    wait_until("it is stopped", secs(20), || state() == "exited");
+    wait_until("its slot is free", secs(10), || front.status()["daemons"][0]["used"] == 0);
+    assert!(front.admin("/metrics").text().contains("dindpool_leases_overdue_total 1"));
+    assert!(front.log().contains("nobody attends its containers"), "{}", front.log());
+    Session::new(&pool.host(), client::CLI_28).ok(&format!("docker rm {name}"));
 }
