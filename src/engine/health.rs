@@ -17,10 +17,12 @@ use super::{Config, Daemon, Engine, Timer, balancer, members};
 const FAST: Time = Time::from_secs(1);
 /// Two fast ends within this time ask for a deep probe: a cached build ends as fast as one that fails.
 const FAST_PAIR: Time = Time::from_secs(10);
-/// The least time between the deep probes that fast ends ask for: one takes 6 to 130 ms of the daemon.
-const FAST_GAP: Time = Time::from_secs(5);
-/// The same, when the daemon has answered with a server error.
-const ERROR_GAP: Time = Time::from_secs(1);
+/// The least time between the deep probes that work's ends ask for: one takes 6 to 130 ms of the daemon.
+const GAP: Time = Time::from_secs(1);
+/// Fast ends that turned out to be innocent double it up to this: cached builds would keep a daemon busy with probes.
+const MAX_GAP: Time = Time::from_secs(8);
+/// After so long without a fast end, the next ones are looked into at once.
+const CALM: Time = Time::from_secs(60);
 /// Deep probes without an answer in time, in a row, that count as a failure: a busy disk is slow too.
 const SLOW_WRITES: u32 = 2;
 /// The first pause; it doubles with each ejection.
@@ -60,6 +62,10 @@ pub(super) struct Vitals {
     ended: Option<Time>,
     /// When work last ended fast.
     fast: Option<Time>,
+    /// Deep probes in a row that fast ends asked for in vain.
+    innocent: u32,
+    /// Whether the deep probe that is due was asked for by fast ends.
+    asked: bool,
     suspicion: Suspicion,
     latency: Option<Time>,
     slow: bool,
@@ -295,13 +301,19 @@ impl Engine {
             return;
         }
         let (suspicion, gap) = if erred {
-            (Suspicion::Grave, ERROR_GAP)
+            (Suspicion::Grave, GAP)
         } else if lasted >= FAST {
             return;
-        } else if d.vitals.fast.replace(now).is_some_and(|last| now.saturating_sub(last) < FAST_PAIR) {
-            (Suspicion::Mild, FAST_GAP)
         } else {
-            return;
+            let before = d.vitals.fast.replace(now).map(|last| now.saturating_sub(last));
+            if before.is_none_or(|before| before >= CALM) {
+                d.vitals.innocent = 0;
+            }
+            if before.is_none_or(|before| before >= FAST_PAIR) {
+                return;
+            }
+            d.vitals.asked = true;
+            (Suspicion::Mild, (GAP * (1 << d.vitals.innocent.min(3))).min(MAX_GAP))
         };
         let at = d.vitals.ended.map_or(now, |ended| now.max(ended + gap));
         // An error that a user makes again and again is no reason to keep others away between two probes.
@@ -367,10 +379,12 @@ impl Engine {
             }
         };
         if let Some(reason) = failed {
+            (vitals.innocent, vitals.asked) = (0, false);
             (vitals.failing, vitals.well_since) = (Some(format!("cannot write: {reason}")), None);
             next = now + pause(vitals.strikes).max(PAUSE);
         } else {
-            (vitals.failing, vitals.fast, vitals.unanswered) = (None, None, 0);
+            (vitals.failing, vitals.unanswered) = (None, 0);
+            vitals.innocent += u32::from(std::mem::take(&mut vitals.asked));
             vitals.suspicion = Suspicion::None;
             if vitals.cause == Some(Cause::Writes) {
                 let since = *vitals.well_since.get_or_insert(now);

@@ -111,6 +111,25 @@ fn row_03_a_daemon_with_a_full_disk_costs_three_builds_at_most() {
     assert!((0..3).all(|_| builds(&pool, client::CLI_28)), "the other one serves");
     assert!(metric(&pool, "dindpool_ejections_total{reason=\"writes\"}") >= 1.0);
 
+    // Four clients at once, BuildKit alone, when the disk fills up the next time.
+    small.free();
+    wait_until("it is back", secs(20), || is_healthy(&pool, &full.addr));
+    small.fill();
+    let failed = AtomicUsize::new(0);
+    let start = Instant::now();
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                while is_healthy(&pool, &full.addr) && start.elapsed() < secs(60) {
+                    failed.fetch_add(usize::from(!builds(&pool, client::BUILDX_29)), Ordering::SeqCst);
+                }
+            });
+        }
+    });
+    let (failed, took) = (failed.load(Ordering::SeqCst), start.elapsed().as_millis());
+    say(format!("          row 3: {failed} of four clients' builds failed, out after {took} ms"));
+    assert!(!is_healthy(&pool, &full.addr) && failed <= 3, "{failed} victims");
+
     // Row 34: it comes back by itself, and takes one session, then one more a second.
     small.free();
     let back = wait_until("it is back", secs(20), || is_healthy(&pool, &full.addr));
