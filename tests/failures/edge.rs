@@ -270,3 +270,56 @@ fn row_13_a_proxy_that_leaves_serves_on_and_cuts_no_stream() {
     });
     say(format!("          ended {took:?} after the last stream"));
 }
+
+/// Streams that one process is to hold (docs/reliability.md).
+const HELD: usize = 9_000;
+
+#[test]
+fn row_24_nine_thousand_held_streams_leave_health_admin_and_builds_as_they_were() {
+    let (_, hard) = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE).unwrap();
+    let resource = nix::sys::resource::Resource::RLIMIT_NOFILE;
+    nix::sys::resource::setrlimit(resource, hard, hard).unwrap();
+    // The proxy needs two for each and 144 for itself, leaves as many to spare as a build needs, and this process one.
+    // A debug build checks all that the engine holds after each event, which grows with the square of the streams.
+    let debug = cfg!(debug_assertions) && std::env::var_os("DINDPOOL_BIN").is_none();
+    let wanted = if debug { 1_000 } else { HELD };
+    let held = wanted.min((hard as usize).saturating_sub(400) / 2);
+    if held < HELD {
+        say(format!("          {held} of {HELD} streams: debug build: {debug}, limit of open files: {hard}"));
+    }
+    let pool = crate::require!(real(2));
+    let empty = pool.rss();
+    let streams: Vec<Conn> = (0..held)
+        .map(|n| {
+            let mut conn = Conn::connect(&pool.tcp);
+            // Ten sessions, so that both daemons hold some.
+            let path =
+                format!("/s/held{}/v1.51/events?filters=%7B%22type%22%3A%5B%22plugin%22%5D%7D", n % 10);
+            conn.send(format!("GET {path} HTTP/1.1\r\nHost: d\r\n\r\n"));
+            conn
+        })
+        .collect();
+    let open = || pool.metric("dindpool_streams{kind=\"exchange\"}");
+    wait_until("all streams are open", secs(120), || open() >= held as f64);
+    let full = pool.rss();
+    let each = (full.saturating_sub(empty)) as f64 / held as f64;
+    say(format!("          {held} streams: {empty} KiB became {full} KiB, {each:.2} KiB for each"));
+    assert!(debug || each <= 4.5, "{each} KiB for each stream");
+    for page in ["/livez", "/readyz", "/status", "/metrics"] {
+        let start = Instant::now();
+        assert_eq!(pool.admin(page).head.status(), 200, "{page}");
+        assert!(start.elapsed() < secs(2), "{page}: {:?}", start.elapsed());
+    }
+    let t = Session::new(&pool.host(), client::CLI_28);
+    t.context("ctx", "FROM scratch\nADD rootfs.tar /\nRUN echo built >/mark\n");
+    t.ok("docker build -q --no-cache --network none -t held ctx");
+    assert_eq!(t.ok("docker run --rm --network none held cat /mark"), "built\n");
+    // The debug build's checks may make it late for a probe; it must find its daemons well all the same.
+    if debug {
+        pool.wait_healthy(2, secs(30));
+    }
+    assert_eq!(pool.healthy(), 2);
+    assert!(open() >= held as f64 && streams.iter().all(|s| !is_closed(s)), "none is cut");
+    drop(streams);
+    wait_until("all are given back", secs(60), || open() == 0.0);
+}
