@@ -132,7 +132,7 @@ fn failures_of_daemons_and_clients_stay_where_they_are() {
         all.add(
             format!("{}: Ctrl-C in mid-build stops the daemon's work within a second", flavour.name),
             move || {
-                interrupted(pool, flavour);
+                row_46_ctrl_c_in_mid_build_stops_the_daemons_work_within_a_second(pool, flavour);
             },
         );
     }
@@ -140,7 +140,7 @@ fn failures_of_daemons_and_clients_stay_where_they_are() {
         all.add(
             format!("{}: a daemon killed in mid-build fails its client within a second", flavour.name),
             move || {
-                killed(pool, flavour);
+                row_01_a_daemon_killed_in_mid_build_fails_its_client_within_a_second(pool, flavour);
             },
         );
     }
@@ -149,7 +149,7 @@ fn failures_of_daemons_and_clients_stay_where_they_are() {
     all.run(1);
 }
 
-fn interrupted(pool: &Pool, flavour: Flavour) {
+fn row_46_ctrl_c_in_mid_build_stops_the_daemons_work_within_a_second(pool: &Pool, flavour: Flavour) {
     let mut times: Vec<u128> = (0..3)
         .map(|_| {
             let build = HangingBuild::start(pool, flavour);
@@ -167,7 +167,7 @@ fn interrupted(pool: &Pool, flavour: Flavour) {
     assert!(times[1] <= 1000, "the median of {times:?} ms is more than a second");
 }
 
-fn killed(pool: &Pool, flavour: Flavour) {
+fn row_01_a_daemon_killed_in_mid_build_fails_its_client_within_a_second(pool: &Pool, flavour: Flavour) {
     let host = pool.host();
     let build = HangingBuild::start(pool, flavour);
     let victim = build.daemon(&pool.daemons());
