@@ -11,6 +11,7 @@
 //! pool  → engine, provision (the contract), error, metrics
 //! provision → error
 //! engine → nothing but std     pure decisions
+//! simulate → engine            the balancing against other policies
 //! ```
 //!
 //! # Words
@@ -34,4 +35,5 @@ pub mod pool;
 pub mod provision;
 pub mod proxy;
 pub mod reload;
+pub mod simulate;
 pub mod telemetry;

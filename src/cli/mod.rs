@@ -3,6 +3,7 @@
 mod admin;
 mod cordon;
 mod serve;
+mod simulate;
 mod status;
 mod up;
 
@@ -36,6 +37,8 @@ enum Command {
     Uncordon(cordon::Uncordon),
     /// Cordon a daemon and wait for the end of its work; exits with 3 if something was cut
     Drain(cordon::Drain),
+    /// Compare the pool's balancing with other policies on a simulated day
+    Simulate(simulate::Simulate),
     /// Print a completion script for a shell
     Completions {
         /// bash, zsh, fish, elvish or powershell
@@ -179,6 +182,7 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Cordon(cordon) => runtime()?.block_on(cordon.run()),
         Command::Uncordon(uncordon) => runtime()?.block_on(uncordon.run()),
         Command::Drain(drain) => return runtime()?.block_on(drain.run()),
+        Command::Simulate(simulate) => simulate.run(),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "dindpool", &mut std::io::stdout());
             Ok(())

@@ -122,6 +122,7 @@ impl Engine {
         self.queue.changed = true;
         self.objects.lose(daemon);
         self.images.forget(daemon);
+        self.warm.forget(daemon);
         // Streams to it break by themselves and are released; they are no longer anybody's work.
         if let Some(d) = self.daemons.get_mut(daemon) {
             d.builders = Builders::default();

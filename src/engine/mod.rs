@@ -22,6 +22,7 @@ mod session;
 mod simulation;
 mod strangers;
 mod versions;
+mod warm;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -63,6 +64,8 @@ pub struct Config {
     pub tenant_slots: Option<u32>,
     /// How long a ticket may wait.
     pub max_wait: Time,
+    /// How long a build waits for a daemon that has built its project while others have slots that nobody wants.
+    pub warm_wait: Time,
     /// How long a daemon that has not answered yet is waited for, from when it was first observed.
     pub patience: Time,
     /// Failed probes in a row that eject a daemon.
@@ -89,6 +92,7 @@ impl Default for Config {
             tenant_waiting: None,
             tenant_slots: None,
             max_wait: Time::from_secs(3600),
+            warm_wait: Time::from_secs(60),
             patience: Time::from_secs(120),
             eject_after: 2,
             recover_after: 2,
@@ -137,6 +141,8 @@ enum Timer {
     Session(SessionKey),
     Container(DaemonId, String),
     Ticket(RequestId),
+    /// A build has waited long enough for a daemon that has built its project.
+    Warm(RequestId),
     /// The patience with a daemon that starts is over.
     Patience(DaemonId),
     /// The deadline of a drain is over.
@@ -165,6 +171,7 @@ pub struct Engine {
     images: Images,
     timers: BTreeSet<(Time, Timer)>,
     queue: queue::Queue,
+    warm: warm::Warm,
     range: Option<(ApiVersion, ApiVersion)>,
     /// Collected while one event is handled.
     effects: Vec<Effect>,
@@ -187,6 +194,7 @@ impl Engine {
             images: Images::default(),
             timers: BTreeSet::new(),
             queue: queue::Queue::default(),
+            warm: warm::Warm::default(),
             range: None,
             effects: Vec::new(),
             next_open: 0,
@@ -289,7 +297,7 @@ impl Engine {
     fn acquire(&mut self, acquire: Acquire, now: Time) {
         let placement = self.place(&acquire);
         if self.must_wait(&acquire, &placement) {
-            self.enqueue(acquire, now);
+            self.enqueue(acquire, &placement, now);
         } else {
             self.grant(acquire, placement, now);
         }
@@ -307,7 +315,7 @@ impl Engine {
                 return;
             }
         };
-        let Acquire { key, tenant, source, class, target, .. } = acquire;
+        let Acquire { key, tenant, source, class, target, requirements, .. } = acquire;
         if bind {
             self.bind(&key, &tenant, &daemon, now);
             self.group(&key, source);
@@ -321,6 +329,9 @@ impl Engine {
         let builds = matches!(class, Class::Work(Work::Build | Work::BuildKit | Work::Load));
         if builds && let Some(d) = self.daemons.get_mut(&daemon) {
             d.builders.start(&key, &tenant);
+            if let Some(project) = &requirements.project {
+                self.warm.touch(project, &daemon);
+            }
         }
         let uuid = target.filter(|t| t.kind == Kind::BuildSession).map(|t| t.reference);
         if let Some(uuid) = &uuid {
@@ -619,6 +630,7 @@ impl Engine {
                 Timer::Session(key) => self.session_due(&key, now),
                 Timer::Container(daemon, id) => self.container_due(&daemon, &id, now),
                 Timer::Ticket(request) => self.ticket_due(request, now),
+                Timer::Warm(_) => self.queue.changed = true,
                 Timer::Deep(daemon) => self.deep_due(&daemon, now),
                 Timer::SlowStart(daemon) => self.step(&daemon, now),
                 Timer::Patience(daemon) => {

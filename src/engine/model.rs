@@ -56,6 +56,12 @@ name!(
     Tenant
 );
 
+name!(
+    /// What is built again and again, and leaves a cache behind: an image's repository, or what the client says.
+    /// The tenant is part of it.
+    ProjectKey
+);
+
 /// One request or stream that is open, or one that waits for its daemon.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct OpenId(pub u64);
@@ -148,6 +154,8 @@ pub struct Requirements {
     /// Other objects that a new container refers to: containers whose network or volumes it shares,
     /// networks, named volumes.
     pub beside: Vec<ObjectRef>,
+    /// What is built, a preference for daemons that have built it before.
+    pub project: Option<ProjectKey>,
 }
 
 /// Asks for a daemon: the only way from the proxy to the engine.

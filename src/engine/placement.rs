@@ -1,7 +1,7 @@
 //! Where one request goes (design, decision 1): facts first, then the session's own daemon, then what its
 //! client's other connections are bound to, then the balancer.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::balancer;
 use super::images::Found;
@@ -178,23 +178,25 @@ impl Engine {
             }
         }
         let api = requirements.api;
-        let serves = |d: &&Daemon| d.takes_sessions() && d.serves(api);
-        let arch = requirements.arch.as_deref();
-        let native = |d: &Daemon| d.facts.as_ref().is_some_and(|f| Some(f.arch.as_str()) == arch);
-        let narrowed = arch.is_some() && self.daemons.values().any(|d| serves(&d) && native(d));
-        let able = |d: &&Daemon| serves(d) && (!narrowed || native(d));
+        let able = able(&self.daemons, acquire);
         let binds = matches!(acquire.class, Class::Work(_) | Class::Join);
-        if let Some(former) = self.former(acquire).filter(able) {
-            let former = former.id.clone();
+        let former = self.former(acquire).map(|d| &d.id);
+        if let Some(former) = former.filter(|former| able.iter().any(|d| d.id == **former)) {
+            let former = former.clone();
             return if binds { Placement::Bind(former) } else { Placement::Any(former) };
         }
-        let able = self.daemons.values().filter(able);
+        if binds && let Some(project) = &requirements.project {
+            return match self.done_first(acquire, project, &able) {
+                Some(daemon) => Placement::Bind(daemon),
+                None => Placement::Refuse(self.why_nobody(api)),
+            };
+        }
         let chosen = if binds {
             let image = requirements.image.iter();
             let holders = image.flat_map(|image| self.images.holders(image, &acquire.tenant));
-            balancer::draw(balancer::least_wait(able), holders, &mut self.random)
+            balancer::draw(balancer::least_wait(able.into_iter()), holders, &mut self.random)
         } else {
-            balancer::rendezvous(able, acquire.key.as_str())
+            balancer::rendezvous(able.into_iter(), acquire.key.as_str())
         };
         match chosen {
             Some(daemon) if binds => Placement::Bind(daemon.clone()),
@@ -269,6 +271,15 @@ impl Engine {
         let what = if self.daemons.values().any(Daemon::is_well) { "open" } else { "healthy" };
         Refusal::NoDaemon(format!("no {what} daemon in the pool: {}", tried.join(", ")))
     }
+}
+
+/// The daemons that can take it: that serve its API version, and its architecture if any does.
+pub(super) fn able<'a>(daemons: &'a BTreeMap<DaemonId, Daemon>, acquire: &Acquire) -> Vec<&'a Daemon> {
+    let Requirements { api, arch, .. } = &acquire.requirements;
+    let serves = |d: &&Daemon| d.takes_sessions() && d.serves(*api);
+    let native = |d: &Daemon| d.facts.as_ref().map(|f| &f.arch) == arch.as_ref();
+    let narrowed = arch.is_some() && daemons.values().any(|d| serves(&d) && native(d));
+    daemons.values().filter(|d| serves(d) && (!narrowed || native(d))).collect()
 }
 
 /// dockerd's own words (28.5).

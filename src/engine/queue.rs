@@ -11,11 +11,15 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use super::model::*;
-use super::placement::Placement;
-use super::{Engine, Timer};
+use super::placement::{Placement, able};
+use super::warm::Preferences;
+use super::{Daemon, Engine, Timer};
 
 /// How many bound tickets of a tenant are served in a row while an unbound one waits.
 const STREAK: u32 = 2;
+/// How many of a tenant's tickets that belong nowhere are looked at for one free slot. One that waits for a daemon
+/// that is warm for it lets others pass; beyond this they are not asked, because that is done under the lock.
+const WINDOW: usize = 64;
 
 /// A session that waits for a slot.
 #[derive(Debug, Clone)]
@@ -43,6 +47,8 @@ pub(super) struct Queue {
     ring: VecDeque<Tenant>,
     /// `/session` of builds that wait: they wait with them.
     joins: BTreeMap<RequestId, Acquire>,
+    /// Which daemons the builds of known projects wait for.
+    pub(super) preferences: Preferences,
     /// Whether anything has happened that may let somebody in.
     pub(super) changed: bool,
 }
@@ -64,6 +70,7 @@ impl Queue {
     /// Takes a ticket out. If it was `served`, its session and its tenant go to the end of their rings.
     fn remove(&mut self, request: RequestId, served: bool) -> Option<Ticket> {
         let ticket = self.tickets.remove(&request)?;
+        self.preferences.unset(request);
         let (tenant, key) = (&ticket.acquire.tenant, &ticket.acquire.key);
         let line = self.lines.get_mut(tenant)?;
         if let Some(tickets) = line.tickets.get_mut(key) {
@@ -201,7 +208,7 @@ impl Engine {
     }
 
     /// Puts a request into the queue, or refuses it because the queue is full.
-    pub(super) fn enqueue(&mut self, acquire: Acquire, now: Time) {
+    pub(super) fn enqueue(&mut self, acquire: Acquire, placement: &Placement, now: Time) {
         let request = acquire.request;
         let until = acquire.deadline.unwrap_or(Time::MAX).min(now + self.config.max_wait);
         if acquire.class == Class::Join {
@@ -236,6 +243,10 @@ impl Engine {
         }
         self.timers.insert((until, Timer::Ticket(request)));
         let (key, tenant) = (acquire.key.clone(), acquire.tenant.clone());
+        if let (Some(project), Placement::Bind(daemon)) = (&acquire.requirements.project, placement) {
+            self.queue.preferences.set(request, project, daemon);
+            self.timers.insert((now + self.config.warm_wait, Timer::Warm(request)));
+        }
         self.queue.push(acquire, now);
         self.queue.changed = true;
         self.effects.push(Effect::Queued { request, key, tenant });
@@ -356,37 +367,78 @@ impl Engine {
     fn admit_one(&mut self, now: Time) -> bool {
         let room = self.any_room();
         for tenant in self.queue.ring.clone() {
-            let mut heads: Vec<(bool, RequestId)> = (self.queue.heads(&tenant).into_iter())
-                .filter_map(|r| Some((self.home_of(&self.queue.tickets.get(&r)?.acquire).is_some(), r)))
-                .collect();
-            let streak = self.queue.lines.get(&tenant).map_or(0, |l| l.streak);
-            // Stable: within bound and unbound the sessions' order stays.
-            heads.sort_by_key(|(bound, _)| *bound == (streak >= STREAK));
-            for (bound, request) in heads {
-                if !bound && !room {
+            let mut unbound = 0;
+            for (bound, request) in self.turn(&tenant) {
+                unbound += usize::from(!bound);
+                if !bound && (!room || unbound > WINDOW) {
                     continue;
                 }
                 let Some(ticket) = self.queue.tickets.get(&request) else { continue };
                 let acquire = ticket.acquire.clone();
-                match self.place(&acquire) {
+                let placement = self.place(&acquire);
+                match &placement {
                     Placement::Bind(daemon)
-                        if self.needs_slot(&acquire, &daemon)
-                            && (!self.has_room(&daemon) || self.tenant_is_full(&tenant)) => {}
-                    Placement::Refuse(Refusal::NoDaemon(_)) => {}
-                    placement => {
-                        let waited = now.saturating_sub(ticket_since(&self.queue, request));
-                        if let Some(line) = self.queue.lines.get_mut(&tenant) {
-                            line.streak = if bound { line.streak + 1 } else { 0 };
+                        if self.needs_slot(&acquire, daemon)
+                            && (!self.has_room(daemon) || self.tenant_is_full(&tenant)) =>
+                    {
+                        if let Some(project) = acquire.requirements.project.as_ref().filter(|_| !bound) {
+                            self.queue.preferences.set(request, project, daemon);
                         }
-                        self.queue.remove(request, true);
-                        self.effects.push(Effect::Admitted { request, tenant, waited });
-                        self.grant(acquire, placement, now);
+                    }
+                    Placement::Refuse(Refusal::NoDaemon(_)) => {}
+                    _ => {
+                        self.serve(request, bound, placement, now);
                         return true;
                     }
                 }
             }
         }
+        room && self.admit_cold(now)
+    }
+
+    /// A tenant's tickets in the order of its turn, and which of them belong to a daemon.
+    fn turn(&self, tenant: &Tenant) -> Vec<(bool, RequestId)> {
+        let mut heads: Vec<(bool, RequestId)> = (self.queue.heads(tenant).into_iter())
+            .filter_map(|r| Some((self.home_of(&self.queue.tickets.get(&r)?.acquire).is_some(), r)))
+            .collect();
+        let streak = self.queue.lines.get(tenant).map_or(0, |l| l.streak);
+        // Stable: within bound and unbound the sessions' order stays.
+        heads.sort_by_key(|(bound, _)| *bound == (streak >= STREAK));
+        heads
+    }
+
+    /// Nobody wants the slots that are free: a build that has waited long enough for its warm daemon gets one.
+    fn admit_cold(&mut self, now: Time) -> bool {
+        for tenant in self.queue.ring.clone() {
+            if self.tenant_is_full(&tenant) {
+                continue;
+            }
+            for (bound, request) in self.turn(&tenant).into_iter().take(WINDOW) {
+                let Some(ticket) = self.queue.tickets.get(&request).filter(|_| !bound) else { continue };
+                let patient = now < ticket.since + self.config.warm_wait;
+                let Some(project) = ticket.acquire.requirements.project.as_ref().filter(|_| !patient) else {
+                    continue;
+                };
+                let free: Vec<&Daemon> =
+                    able(&self.daemons, &ticket.acquire).into_iter().filter(|d| d.has_room()).collect();
+                if let Some(daemon) = self.done_first(&ticket.acquire, project, &free) {
+                    self.serve(request, false, Placement::Bind(daemon), now);
+                    return true;
+                }
+            }
+        }
         false
+    }
+
+    /// A ticket's wait is over.
+    fn serve(&mut self, request: RequestId, bound: bool, placement: Placement, now: Time) {
+        let Some(Ticket { acquire, since }) = self.queue.remove(request, true) else { return };
+        let tenant = acquire.tenant.clone();
+        if let Some(line) = self.queue.lines.get_mut(&tenant) {
+            line.streak = if bound { line.streak + 1 } else { 0 };
+        }
+        self.effects.push(Effect::Admitted { request, tenant, waited: now.saturating_sub(since) });
+        self.grant(acquire, placement, now);
     }
 
     /// Whether this work takes a slot that its session does not hold yet.
@@ -418,10 +470,6 @@ impl Engine {
     pub fn expects_room(&self) -> bool {
         self.daemons.values().any(|d| d.state == State::Starting && d.expected)
     }
-}
-
-fn ticket_since(queue: &Queue, request: RequestId) -> Time {
-    queue.tickets.get(&request).map_or(Time::ZERO, |t| t.since)
 }
 
 #[cfg(test)]

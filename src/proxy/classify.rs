@@ -68,6 +68,8 @@ pub struct Route {
     pub peek: Option<Peek>,
     /// A build's own id, by which it can be cancelled: `buildid` of `/build`, `id` of `/build/cancel`.
     pub build_id: Option<String>,
+    /// What a classic build builds: the repository of its first `t=`, normalised.
+    pub project: Option<String>,
     /// The name that a created object gets, from the query.
     pub name: Option<String>,
     /// The API version in the path.
@@ -91,6 +93,7 @@ impl Route {
             learn: None,
             peek: None,
             build_id: None,
+            project: None,
             name: None,
             api: None,
             arch: None,
@@ -186,8 +189,18 @@ pub struct Prefix<'a> {
     pub tenant: Option<&'a str>,
     /// `/s/<key>`
     pub session: Option<&'a str>,
+    /// `/p/<project>`
+    pub project: Option<&'a str>,
     /// How many bytes of the target they take.
     pub length: usize,
+}
+
+/// `ghcr.io/team/app:17` → `ghcr.io/team/app`.
+fn repository(tag: &str) -> String {
+    let name = normalise(tag);
+    let end = name.rfind('/').map_or(0, |slash| slash + 1);
+    let repository = name[end..].find([':', '@']).map_or(name.as_str(), |at| &name[..end + at]);
+    repository.to_string()
 }
 
 /// The prefixes of a target, in any order: `DOCKER_HOST=tcp://host:2375/t/team-a/s/release`. CLI and docker-py
@@ -204,6 +217,7 @@ pub fn prefix(target: &str) -> Prefix<'_> {
         };
         match kind {
             "s" if prefix.session.is_none() && !value.is_empty() => prefix.session = Some(value),
+            "p" if prefix.project.is_none() && !value.is_empty() => prefix.project = Some(value),
             "t" if prefix.tenant.is_none() && !value.is_empty() => prefix.tenant = Some(value),
             _ => return prefix,
         }
@@ -259,6 +273,7 @@ fn route(method: &str, path: &str, query: &str) -> Route {
         ("POST", ["build"]) => {
             let mut route = Route::new("build", Class::Work(Work::Build)).stream();
             route.build_id = parameter(query, "buildid").filter(|id| !id.is_empty());
+            route.project = parameter(query, "t").filter(|t| !t.is_empty()).map(|t| repository(&t));
             match parameter(query, "session") {
                 Some(uuid) if !uuid.is_empty() => route.on(Kind::BuildSession, &uuid),
                 _ => route,

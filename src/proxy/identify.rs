@@ -45,6 +45,9 @@ pub struct Identity {
     pub interactive: bool,
 }
 
+/// The header that names what is built, for daemons that have built it before.
+pub const PROJECT: &str = "x-dindpool-project";
+
 /// The identity of a request. `header` is the value of [`HEADER`], if it was sent.
 ///
 /// # Errors
@@ -169,7 +172,7 @@ mod tests {
 
     #[test]
     fn the_precedence_is_listener_then_header_then_path_then_process() {
-        let prefix = Prefix { session: Some("path"), tenant: None, length: 7 };
+        let prefix = Prefix { session: Some("path"), tenant: None, project: None, length: 7 };
         let process = Source::Process("job:CI_JOB_ID=17".into());
         let dedicated = ListenerIdentity { tenant: "default".into(), session: Some("own".into()) };
         let key = |l: &ListenerIdentity, p: &Prefix<'_>, h: Option<&[u8]>| {
@@ -201,7 +204,7 @@ mod tests {
 
     #[test]
     fn tenants_do_not_share_keys() {
-        let prefix = Prefix { session: Some("x"), tenant: Some("team-a"), length: 0 };
+        let prefix = Prefix { session: Some("x"), tenant: Some("team-a"), project: None, length: 0 };
         let identity = identify(&listener(), &ip(), &prefix, None).unwrap();
         assert_eq!(identity.key.as_str(), "team-a/name:x");
         assert_eq!(identity.tenant.as_str(), "team-a");
@@ -209,7 +212,7 @@ mod tests {
 
     #[test]
     fn a_tenant_in_the_path_keeps_to_the_connections_that_cannot_carry_it() {
-        let prefix = Prefix { session: None, tenant: Some("team-a"), length: 9 };
+        let prefix = Prefix { session: None, tenant: Some("team-a"), project: None, length: 9 };
         let with = identify(&listener(), &ip(), &prefix, None).unwrap();
         let without = identify(&listener(), &ip(), &Prefix::default(), None).unwrap();
         assert_eq!(with.key.as_str(), "team-a/ip:10.0.0.7");
@@ -219,7 +222,7 @@ mod tests {
     #[test]
     fn a_listener_of_one_tenant_takes_no_other() {
         let own = ListenerIdentity { tenant: "team-a".into(), session: None };
-        let path = |tenant| Prefix { session: None, tenant: Some(tenant), length: 9 };
+        let path = |tenant| Prefix { session: None, tenant: Some(tenant), project: None, length: 9 };
         assert!(identify(&own, &ip(), &path("team-a"), None).is_ok());
         assert!(identify(&own, &ip(), &path("team-b"), None).unwrap_err().message.contains("team-a"));
     }

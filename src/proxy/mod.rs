@@ -39,7 +39,7 @@ use tokio::time::{Sleep, sleep, timeout};
 
 use self::cancel::WaitingBuilds;
 use self::classify::{Local, Peek, Prefix, Route, classify};
-use self::identify::{HEADER, Identity, ListenerIdentity, Source, identify};
+use self::identify::{HEADER, Identity, ListenerIdentity, PROJECT, Source, identify};
 use self::learn::{Named, Watcher};
 use self::limits::Gate;
 use self::peer::Peers;
@@ -257,13 +257,20 @@ impl Connection {
         let started = Instant::now();
         let prefix = classify::prefix(head.target());
         let (tenant, session) = (prefix.tenant.map(str::to_string), prefix.session.map(str::to_string));
-        let prefix_length = prefix.length;
+        let (project, prefix_length) = (prefix.project.map(str::to_string), prefix.length);
         let head = match without_prefix(head, prefix_length) {
             Ok(head) => head,
             Err(error) => return Err(self.refuse(&error, false).await),
         };
-        let route = classify(head.method(), head.path(), head.query());
-        let prefix = Prefix { tenant: tenant.as_deref(), session: session.as_deref(), length: prefix_length };
+        let mut route = classify(head.method(), head.path(), head.query());
+        let said = head
+            .header(PROJECT)
+            .map(|p| String::from_utf8_lossy(p).into_owned())
+            .filter(|p| !p.is_empty())
+            .or(project);
+        route.project = said.or(route.project);
+        let (tenant, session) = (tenant.as_deref(), session.as_deref());
+        let prefix = Prefix { tenant, session, project: None, length: prefix_length };
         let head_only = head.method() == "HEAD";
         if let Some(why) = route.refuse {
             return Err(self.refuse(&Error::new(Kind::NotImplemented, why), head_only).await);
@@ -552,6 +559,8 @@ impl Connection {
             arch: route.arch.clone(),
             image: route.image.clone(),
             beside: Vec::new(),
+            // Tenants may call theirs the same.
+            project: route.project.as_ref().map(|p| format!("{}/{p}", identity.tenant).into()),
         };
         let mut named = Named { name: route.name.clone(), project: None };
         if let Some(peek) = route.peek {
