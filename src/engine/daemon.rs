@@ -35,6 +35,8 @@ pub struct Daemon {
     pub(super) vitals: Vitals,
     /// Whether it is still waited for, while it starts.
     pub(super) expected: bool,
+    /// Until when, at the longest.
+    pub(super) expected_until: Time,
     /// Its name's hash, for the placing of reads.
     pub(super) hash: u64,
     /// Who may have made an image of which only an event or a list tells.
@@ -62,6 +64,7 @@ impl Daemon {
             shares: BTreeSet::new(),
             vitals: Vitals::default(),
             expected: true,
+            expected_until: Time::ZERO,
             builders: Builders::default(),
             strangers: Strangers::default(),
             fixed_slots: slots,

@@ -187,13 +187,16 @@ impl Daemon {
 
     /// Whether one more session finds a slot.
     pub fn has_room(&self) -> bool {
-        self.used < self.capacity()
+        // Strangers may have come for good: one slot is always the pool's.
+        let strangers = self.strangers().min(self.slots.saturating_sub(1));
+        self.used + strangers < self.capacity()
     }
 
     /// Its work for the balancer, in quarters of a slot: what is under way, and what counts against it. With a
     /// mild reason a free slot here is still better than none elsewhere; with a grave one it is not.
     pub(super) fn expected_load(&self) -> u64 {
-        let (used, capacity) = (u64::from(self.used), u64::from(self.capacity().max(1)));
+        let used = u64::from(self.used) + u64::from(self.strangers());
+        let capacity = u64::from(self.capacity().max(1));
         let vitals = &self.vitals;
         let grave = vitals.failing.is_some()
             || vitals.suspicion == Suspicion::Grave
@@ -221,8 +224,9 @@ impl Daemon {
 impl Engine {
     pub(super) fn probed(&mut self, daemon: &DaemonId, probe: Probe, now: Time) {
         let Some(d) = self.daemons.get_mut(daemon) else { return };
-        let (before, range) = (d.standing(), d.api_range());
+        let (before, range, slots) = (d.standing(), d.api_range(), d.slots);
         d.probed(probe, now, &self.config);
+        self.queue.changed |= d.slots != slots;
         let range_changed = d.api_range() != range;
         let must_write = d.vitals.cause == Some(Cause::Writes);
         self.tell_change(daemon, before, now);

@@ -30,6 +30,7 @@ impl Engine {
                     )
                 });
                 self.effects.push(changed(d));
+                self.queue.changed = true;
             }
         }
     }
@@ -52,10 +53,11 @@ impl Engine {
         }
         for o in observed {
             let new = !self.daemons.contains_key(&o.id);
-            if new {
-                self.timers.insert((now + self.config.patience, Timer::Patience(o.id.clone())));
-            }
             let d = self.daemons.entry(o.id.clone()).or_insert_with(|| Daemon::new(o.id.clone(), o.slots));
+            if new {
+                d.expected_until = now + self.config.patience;
+                self.timers.insert((d.expected_until, Timer::Patience(o.id.clone())));
+            }
             let before = d.standing();
             d.drain(o.draining);
             d.fix_slots(o.slots);

@@ -336,6 +336,7 @@ impl Engine {
         let uuid = target.filter(|t| t.kind == Kind::BuildSession).map(|t| t.reference);
         if let Some(uuid) = &uuid {
             self.objects.hold(&daemon, Kind::BuildSession, uuid, Some(&tenant), now);
+            self.queue.changed = true; // Its other half may wait.
         }
         self.next_open += 1;
         let open = OpenId(self.next_open);
@@ -482,7 +483,11 @@ impl Engine {
         if let Some(session) = self.sessions.get_mut(&gone.key) {
             session.open -= u32::from(gone.counted);
             match gone.unit {
-                Unit::Build => session.builds -= 1,
+                Unit::Build => {
+                    session.builds -= 1;
+                    // Its slot may stay, for a container that runs: then it is the session's next build's.
+                    self.queue.changed = true;
+                }
                 Unit::Other => session.others -= 1,
                 Unit::None => {}
             }
@@ -634,7 +639,7 @@ impl Engine {
                 Timer::Deep(daemon) => self.deep_due(&daemon, now),
                 Timer::SlowStart(daemon) => self.step(&daemon, now),
                 Timer::Patience(daemon) => {
-                    if let Some(d) = self.daemons.get_mut(&daemon) {
+                    if let Some(d) = self.daemons.get_mut(&daemon).filter(|d| d.expected_until <= now) {
                         d.expected = false;
                     }
                     self.refuse_if_nobody_comes();

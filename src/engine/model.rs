@@ -186,6 +186,14 @@ pub struct Acquire {
     pub deadline: Option<Time>,
 }
 
+impl Acquire {
+    /// Whether what it names, or needs, may exist on some daemons only.
+    pub(super) fn is_led(&self) -> bool {
+        let Requirements { image, beside, .. } = &self.requirements;
+        self.target.is_some() || image.is_some() || !beside.is_empty()
+    }
+}
+
 /// Why a request gets no daemon.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Refusal {

@@ -191,14 +191,13 @@ impl Engine {
                 let bound = self.sessions.get(&acquire.key).is_some_and(|s| s.lease().is_some());
                 // `/session` may come before its `/build` (CLI 20.10 sends both at once): bound to a full daemon
                 // by it, the build could wait nowhere else.
-                self.waits_with_build(acquire) || (!bound && !self.any_room())
+                self.waits_with_build(acquire) || (!bound && !self.any_room() && !self.is_somewhere(acquire))
             }
             Placement::Bind(daemon) => {
                 self.needs_slot(acquire, daemon)
                     && (!self.has_room(daemon)
                         || self.tenant_is_full(&acquire.tenant)
-                        // Nobody overtakes those who wait; who of them is next is decided in one place.
-                        || !self.queue.tickets.is_empty())
+                        || self.goes_behind(acquire))
             }
             Placement::Refuse(Refusal::NoDaemon(_)) => {
                 matches!(acquire.class, Class::Work(_) | Class::Join) && self.expects_room()
@@ -223,19 +222,7 @@ impl Engine {
             self.queue.joins.insert(request, acquire);
             return;
         }
-        let tenant = acquire.tenant.clone();
-        let of_tenant = self.queue.len_of(&tenant);
-        let refusal = if self.queue_is_full() {
-            Some(self.full_message())
-        } else {
-            self.config.tenant_waiting.filter(|limit| of_tenant >= *limit).map(|limit| {
-                format!(
-                    "the queue is full for {tenant}: {of_tenant} of at most {limit} builds wait already; try \
-                     again later"
-                )
-            })
-        };
-        if let Some(message) = refusal {
+        if let Some(message) = self.full_for(&acquire.tenant) {
             let refusal = Refusal::QueueFull(message);
             self.effects.push(Effect::Refused { request, refusal: refusal.clone() });
             self.refuse_joins(&acquire, &refusal);
@@ -277,6 +264,34 @@ impl Engine {
             self.queue.joins.remove(&request);
             self.effects.push(Effect::Refused { request, refusal: refusal.clone() });
         }
+    }
+
+    /// Whether a request for which there is room has to queue all the same. Nobody overtakes those who wait; who
+    /// of them is next is decided in one place. But of them nobody could be let in, or he would have been: so if
+    /// the queue takes no more, the request need not be refused.
+    fn goes_behind(&self, acquire: &Acquire) -> bool {
+        let waits = self.queue.has_of(&acquire.key);
+        waits || (!self.queue.tickets.is_empty() && self.full_for(&acquire.tenant).is_none())
+    }
+
+    /// Why the queue takes no more work of a tenant.
+    fn full_for(&self, tenant: &Tenant) -> Option<String> {
+        if self.queue_is_full() {
+            return Some(self.full_message());
+        }
+        let waiting = self.queue.len_of(tenant);
+        self.config.tenant_waiting.filter(|limit| waiting >= *limit).map(|limit| {
+            format!(
+                "the queue is full for {tenant}: {waiting} of at most {limit} builds wait already; try again \
+                 later"
+            )
+        })
+    }
+
+    /// Whether something of the BuildKit session that a `/session` names is open on a daemon: it goes there.
+    fn is_somewhere(&self, join: &Acquire) -> bool {
+        let uuid = join.target.as_ref().filter(|t| t.kind == Kind::BuildSession);
+        uuid.is_some_and(|u| !self.objects.resolve(u.kind, &u.reference, &join.tenant).is_empty())
     }
 
     fn waits_with_build(&self, join: &Acquire) -> bool {
@@ -366,14 +381,17 @@ impl Engine {
 
     fn admit_one(&mut self, now: Time) -> bool {
         let room = self.any_room();
+        // What exists on one daemon only goes there also while it takes no new sessions.
+        let any_slot = self.daemons.values().any(|d| d.used < d.slots);
         for tenant in self.queue.ring.clone() {
             let mut unbound = 0;
             for (bound, request) in self.turn(&tenant) {
                 unbound += usize::from(!bound);
-                if !bound && (!room || unbound > WINDOW) {
+                let Some(ticket) = self.queue.tickets.get(&request) else { continue };
+                let somewhere = room || (any_slot && ticket.acquire.is_led());
+                if !bound && (!somewhere || unbound > WINDOW) {
                     continue;
                 }
-                let Some(ticket) = self.queue.tickets.get(&request) else { continue };
                 let acquire = ticket.acquire.clone();
                 let placement = self.place(&acquire);
                 match &placement {
@@ -438,6 +456,9 @@ impl Engine {
             line.streak = if bound { line.streak + 1 } else { 0 };
         }
         self.effects.push(Effect::Admitted { request, tenant, waited: now.saturating_sub(since) });
+        if let Placement::Refuse(refusal) = &placement {
+            self.refuse_joins(&acquire, refusal);
+        }
         self.grant(acquire, placement, now);
     }
 
@@ -782,5 +803,50 @@ mod tests {
         pool.answers("b");
         assert!(pool.waits(bound));
         assert_eq!(pool.granted[&unbound].1, "b".into());
+    }
+
+    #[test]
+    fn a_build_that_ends_beside_a_container_lets_in_the_next_of_its_session() {
+        let mut pool = Pool::of(&["a"], config());
+        let (first, second) = (pool.build("t", "x"), pool.build("t", "x"));
+        let create = pool.ask("t", "x", Class::Work(Work::Container), None);
+        assert!(pool.waits(second) && !pool.waits(create));
+        pool.tell(Event::Release { open: pool.granted[&first].0, outcome: Outcome::Done });
+        assert!(!pool.waits(second), "the slot is the session's already");
+    }
+
+    #[test]
+    fn a_full_queue_refuses_nobody_for_whom_a_slot_is_free() {
+        let config = Config { queue_limit: 1, tenant_slots: Some(1), ..config() };
+        let mut pool = Pool::of(&["a", "b"], config);
+        pool.build("red", "x");
+        let waiting = pool.build("red", "y");
+        let other = pool.build("blue", "z");
+        assert!(pool.waits(waiting) && pool.granted.contains_key(&other));
+    }
+
+    #[test]
+    fn the_session_of_a_build_that_runs_does_not_wait() {
+        let mut pool = Pool::of(&["a"], config());
+        let build = pool.ask("t", "x", Class::Work(Work::Build), Some("uuid"));
+        let session = pool.ask("t", "y", Class::Join, Some("uuid"));
+        assert!(!pool.waits(build) && !pool.waits(session));
+    }
+
+    #[test]
+    fn a_daemon_that_grows_lets_in_who_waits() {
+        let mut pool = Pool::of(&[], config());
+        let observed = Observed { id: "a".into(), draining: false, pending: None, slots: None };
+        pool.tell(Event::Observed(vec![observed]));
+        let grow = |pool: &mut Pool, cpus| {
+            let facts =
+                Facts { api_min: (1, 24), api_max: (1, 51), cpus, memory: 64 << 30, ..Facts::default() };
+            pool.tell(Event::Probed { daemon: "a".into(), probe: Probe::Answered(facts) });
+        };
+        grow(&mut pool, 2);
+        let (first, second) = (pool.build("t", "x"), pool.build("t", "y"));
+        assert!(!pool.waits(first) && pool.waits(second));
+        grow(&mut pool, 4);
+        assert!(!pool.waits(second));
     }
 }
