@@ -56,6 +56,8 @@ pub struct Raw {
     pub slot_linger: Option<String>,
     /// How long containers may run while nothing else of their session is under way.
     pub container_lease: Option<String>,
+    /// How long a build waits for a daemon that has built its project.
+    pub warm_wait: Option<String>,
     /// `report` or `stop`: what becomes of them then.
     pub overdue_containers: Option<String>,
     /// How many tickets may wait; 0: no queue, a full pool shares its least loaded daemon.
@@ -153,6 +155,7 @@ const KEYS: &[&str] = &[
     "session_grace",
     "slot_linger",
     "container_lease",
+    "warm_wait",
     "overdue_containers",
     "queue_limit",
     "queue_wait",
@@ -201,6 +204,7 @@ impl Raw {
                 "slots" => number(value).map(|v| raw.slots = Some(v)),
                 "session_grace" => text_of(value).map(|v| raw.session_grace = Some(v)),
                 "slot_linger" => text_of(value).map(|v| raw.slot_linger = Some(v)),
+                "warm_wait" => text_of(value).map(|v| raw.warm_wait = Some(v)),
                 "container_lease" => text_of(value).map(|v| raw.container_lease = Some(v)),
                 "overdue_containers" => text_of(value).map(|v| raw.overdue_containers = Some(v)),
                 "queue_limit" => number(value).map(|v| raw.queue_limit = Some(v)),
@@ -241,6 +245,7 @@ impl Raw {
             slots: self.slots.or(under.slots),
             session_grace: self.session_grace.or(under.session_grace),
             slot_linger: self.slot_linger.or(under.slot_linger),
+            warm_wait: self.warm_wait.or(under.warm_wait),
             container_lease: self.container_lease.or(under.container_lease),
             overdue_containers: self.overdue_containers.or(under.overdue_containers),
             queue_limit: self.queue_limit.or(under.queue_limit),
@@ -316,6 +321,7 @@ impl Raw {
         let zero = Duration::ZERO;
         set("session_grace", self.session_grace, &mut pool.engine.grace, zero);
         set("slot_linger", self.slot_linger, &mut pool.engine.linger, zero);
+        set("warm_wait", self.warm_wait, &mut pool.engine.warm_wait, zero);
         set(
             "container_lease",
             self.container_lease,

@@ -74,6 +74,9 @@ pub struct Common {
     /// How long containers may run while nothing else of their session is under way [default: 12h]
     #[arg(long, env = "DINDPOOL_CONTAINER_LEASE", value_name = "TIME")]
     container_lease: Option<String>,
+    /// How long a build waits for a daemon that has built its project while others have free slots [default: 60s]
+    #[arg(long, env = "DINDPOOL_WARM_WAIT", value_name = "TIME")]
+    warm_wait: Option<String>,
     /// What becomes of them then: report or stop [default: report]
     #[arg(long, env = "DINDPOOL_OVERDUE_CONTAINERS", value_name = "POLICY")]
     overdue_containers: Option<String>,
@@ -148,6 +151,7 @@ impl Common {
             session_grace: self.session_grace,
             slot_linger: self.slot_linger,
             container_lease: self.container_lease,
+            warm_wait: self.warm_wait,
             overdue_containers: self.overdue_containers,
             queue_limit: self.queue_limit,
             queue_wait: self.queue_wait,

@@ -849,4 +849,65 @@ mod tests {
         grow(&mut pool, 4);
         assert!(!pool.waits(second));
     }
+
+    /// A build of a project.
+    fn project(pool: &mut Pool, key: &str, project: &str) -> RequestId {
+        pool.requests += 1;
+        let request = RequestId(pool.requests);
+        let requirements = Requirements { project: Some(project.into()), ..Requirements::default() };
+        pool.tell(Event::Acquire(Acquire {
+            request,
+            key: key.into(),
+            tenant: "t".into(),
+            source: None,
+            inside: None,
+            shares_names: true,
+            class: Class::Work(Work::Build),
+            target: None,
+            requirements,
+            deadline: None,
+        }));
+        request
+    }
+
+    #[test]
+    fn a_build_waits_a_while_for_the_daemon_that_has_its_cache_and_then_takes_any_slot() {
+        let mut pool = Pool::of(&["a", "b"], Config { linger: Time::ZERO, ..config() });
+        let first = project(&mut pool, "1", "app");
+        let (_, warm) = pool.granted[&first].clone();
+        let second = project(&mut pool, "2", "app");
+        assert!(pool.waits(second), "one build is done sooner than a cold one");
+        // Who has no project takes the free slot, and one of another project, too.
+        let other = project(&mut pool, "3", "other");
+        assert_ne!(pool.granted[&other].1, warm);
+        pool.end(first);
+        assert_eq!(pool.granted[&second].1, warm);
+        pool.end(other);
+        let third = project(&mut pool, "4", "app");
+        assert!(pool.waits(third));
+        pool.pass(config().warm_wait);
+        assert_ne!(pool.granted[&third].1, warm, "its patience is over");
+    }
+
+    #[test]
+    fn builds_of_a_project_stay_together_and_a_long_queue_spreads_them() {
+        let mut pool = Pool::of(&["a", "b"], Config { linger: Time::ZERO, ..config() });
+        let builds: Vec<RequestId> = (0..4).map(|i| project(&mut pool, &i.to_string(), "app")).collect();
+        let running = builds.iter().filter(|b| pool.granted.contains_key(b)).count();
+        assert_eq!(running, 2, "the third would wait for two builds: it starts cold elsewhere");
+        assert_ne!(
+            pool.granted[&builds[0]].1,
+            builds.iter().skip(1).find_map(|b| pool.granted.get(b)).unwrap().1
+        );
+    }
+
+    #[test]
+    fn a_daemon_that_goes_takes_its_warmth_along() {
+        let mut pool = Pool::of(&["a", "b"], Config { linger: Time::ZERO, ..config() });
+        let first = project(&mut pool, "1", "app");
+        let (_, warm) = pool.granted[&first].clone();
+        pool.end(first);
+        pool.tell(Event::Replaced { daemon: warm.clone() });
+        assert!(!pool.engine.warm.is_warm(&"app".into(), &warm));
+    }
 }

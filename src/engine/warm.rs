@@ -20,7 +20,7 @@ use super::{Engine, balancer};
 /// For how long a build rather waits for a warm daemon than start on another one, in builds with a cache. Cold builds
 /// take about four times as long (performance data of the design), so three would be even; but with three the builds
 /// of a project that suddenly becomes popular wait long for one daemon: p99 at 70 % load .6 with 1 or 2, 1.6 with 3.
-const COLD: f64 = 1.0;
+const COLD: f64 = 1.25;
 /// Projects that a daemon is remembered to have built. Its own cache holds fewer or more; dockerd does not say.
 const REMEMBERED: usize = 512;
 

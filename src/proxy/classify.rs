@@ -609,4 +609,15 @@ mod tests {
         assert_eq!(of("POST", "/build?platform=linux%2Farm64%2Fv8").arch.as_deref(), Some("arm64"));
         assert_eq!(of("POST", "/build").arch, None);
     }
+
+    #[test]
+    fn a_classic_build_tells_its_project_by_its_tag() {
+        let project = |query: &str| classify("POST", "/v1.45/build", Some(query)).project;
+        assert_eq!(project("t=ghcr.io%2Fteam%2Fapp%3A17&t=b").as_deref(), Some("ghcr.io/team/app"));
+        assert_eq!(project("t=localhost:5000/app").as_deref(), Some("localhost:5000/app"));
+        assert_eq!(project("t=app").as_deref(), Some("docker.io/library/app"));
+        assert_eq!(project("t="), None);
+        let prefix = prefix("/p/shop/t/team-a/v1.45/build");
+        assert_eq!((prefix.project, prefix.tenant), (Some("shop"), Some("team-a")));
+    }
 }

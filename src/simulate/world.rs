@@ -116,8 +116,8 @@ impl World {
             d.touch(project, self.workload.cache);
         }
         self.started += 1;
-        // Until the first tenth is through nobody has a cache, whatever the policy.
-        if build * 10 >= self.builds.len() {
+        // Until the first fifth is through nobody has a cache, whatever the policy.
+        if build * 5 >= self.builds.len() {
             self.waits.push(self.now - at);
             self.warm += usize::from(warm);
         }
