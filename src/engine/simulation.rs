@@ -5,10 +5,11 @@
 //! A failing seed is printed with the way to replay it. `DINDPOOL_SEEDS` sets how many are tried,
 //! `DINDPOOL_SEED` runs one of them and prints its events.
 
+mod queue;
 mod shadow;
 
 use std::collections::BTreeMap;
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::panic::{catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::balancer::Random;
@@ -506,13 +507,16 @@ impl Simulation {
 
 #[test]
 fn no_order_of_events_splits_a_session_or_loses_a_slot() {
+    over_seeds("no_order_of_events", |seed, trace| Simulation::new(seed, trace).run());
+}
+
+/// Runs a simulation for many seeds, or for the one that `DINDPOOL_SEED` says.
+fn over_seeds(name: &str, run: fn(u64, bool)) {
     if let Ok(seed) = std::env::var("DINDPOOL_SEED") {
-        let seed = seed.parse().expect("DINDPOOL_SEED is a number");
-        Simulation::new(seed, true).run();
-        return;
+        return run(seed.parse().expect("DINDPOOL_SEED is a number"), true);
     }
     let seeds =
-        std::env::var("DINDPOOL_SEEDS").map_or(2_000, |n| n.parse().expect("DINDPOOL_SEEDS is a number"));
+        std::env::var("DINDPOOL_SEEDS").map_or(10_000, |n| n.parse().expect("DINDPOOL_SEEDS is a number"));
     let next = AtomicU64::new(0);
     let run_all = || {
         loop {
@@ -520,11 +524,10 @@ fn no_order_of_events_splits_a_session_or_loses_a_slot() {
             if seed >= seeds {
                 return;
             }
-            let run = || Simulation::new(seed, false).run();
-            if let Err(panic) = catch_unwind(AssertUnwindSafe(run)) {
+            if let Err(panic) = catch_unwind(|| run(seed, false)) {
                 next.store(seeds, Ordering::Relaxed);
                 eprintln!("seed {seed} fails; to replay it:");
-                eprintln!("DINDPOOL_SEED={seed} cargo test --lib engine::simulation -- --nocapture");
+                eprintln!("DINDPOOL_SEED={seed} cargo test --lib {name} -- --nocapture");
                 resume_unwind(panic);
             }
         }
