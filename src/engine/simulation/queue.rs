@@ -19,6 +19,7 @@ struct Build {
     key: SessionKey,
     project: bool,
     asked: u64,
+    since: Time,
 }
 
 struct Simulation {
@@ -152,7 +153,13 @@ impl Simulation {
         let session = if self.below(2) == 0 { self.below(4) } else { 100 + self.requests };
         let key = SessionKey::from(format!("{tenant}/name:{session}"));
         let project = (self.below(3) == 0).then(|| format!("{tenant}/{}", self.random.below(5)).into());
-        let build = Build { tenant, key: key.clone(), project: project.is_some(), asked: self.requests };
+        let build = Build {
+            tenant,
+            key: key.clone(),
+            project: project.is_some(),
+            asked: self.requests,
+            since: self.now,
+        };
         self.waiting.insert(request, build);
         self.tell(Event::Acquire(Acquire {
             request,
@@ -215,6 +222,7 @@ impl Simulation {
             println!("{:?} {event:?}", self.now);
         }
         let before: BTreeMap<DaemonId, u32> = self.engine.daemons().map(|d| (d.id.clone(), d.used)).collect();
+        let held = TENANTS.map(|tenant| self.held(tenant));
         let keys = self.waiting.values().map(|b| b.key.clone());
         // A session that belongs to a daemon is served there out of its tenant's turn with the others.
         let mut bound: BTreeSet<SessionKey> = keys.filter(|k| self.engine.home(k).is_some()).collect();
@@ -238,6 +246,10 @@ impl Simulation {
             // One that has shrunk keeps what runs there.
             let most = d.slots.max(before.get(&d.id).copied().unwrap_or(0));
             assert!(d.used <= most, "{}: {} of {} slots are in use", d.id, d.used, d.slots);
+        }
+        for (tenant, held) in TENANTS.into_iter().zip(held) {
+            let most = self.engine.config.tenant_slots.unwrap_or(u32::MAX).max(held);
+            assert!(self.held(tenant) <= most, "{tenant} holds {} slots of {most}", self.held(tenant));
         }
         self.check();
     }
@@ -264,17 +276,20 @@ impl Simulation {
         self.running.insert(open, (build, daemon.clone()));
     }
 
-    /// Whether this ticket could be served by any slot: it belongs nowhere, waits for no cache, is the first of its
-    /// session, and its tenant is below its limit.
+    /// Whether this ticket could be served by any slot: it belongs nowhere, waits for no cache any more, is the first
+    /// of its session, and its tenant is below its limit.
     fn is_free(&self, build: &Build) -> bool {
         let first = self.waiting.values().all(|b| b.key != build.key || b.asked >= build.asked);
-        first && !build.project && self.engine.home(&build.key).is_none() && !self.is_at_limit(build.tenant)
+        let patient = build.project && self.now < build.since + self.engine.config.warm_wait;
+        first && !patient && self.engine.home(&build.key).is_none() && !self.is_at_limit(build.tenant)
+    }
+
+    fn held(&self, tenant: &str) -> u32 {
+        self.engine.sessions().filter(|(_, s)| s.tenant.as_str() == tenant).map(|(_, s)| s.slots).sum()
     }
 
     fn is_at_limit(&self, tenant: &str) -> bool {
-        let held: u32 =
-            self.engine.sessions().filter(|(_, s)| s.tenant.as_str() == tenant).map(|(_, s)| s.slots).sum();
-        self.engine.config.tenant_slots.is_some_and(|limit| held >= limit)
+        self.engine.config.tenant_slots.is_some_and(|limit| self.held(tenant) >= limit)
     }
 
     fn check(&mut self) {
