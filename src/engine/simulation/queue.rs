@@ -307,7 +307,8 @@ impl Simulation {
         let room = self.engine.daemons().any(|d| d.takes_sessions() && d.has_room());
         let free: Vec<&Build> = self.waiting.values().filter(|b| self.is_free(b)).collect();
         assert!(!room || free.is_empty(), "a slot is free, and {free:?} wait");
-        let tenants: BTreeSet<&'static str> = free.iter().map(|b| b.tenant).collect();
+        // A build that has lost its patience with a warm daemon takes what nobody else wants: that is no turn.
+        let tenants: BTreeSet<&'static str> = free.iter().filter(|b| !b.project).map(|b| b.tenant).collect();
         self.passed.retain(|tenant, _| tenants.contains(tenant));
         for tenant in tenants {
             self.passed.entry(tenant).or_default();
