@@ -282,7 +282,7 @@ fn row_24_nine_thousand_held_streams_leave_health_admin_and_builds_as_they_were(
     // The proxy needs two for each and 144 for itself, leaves as many to spare as a build needs, and this process one.
     // A debug build checks all that the engine holds after each event, which grows with the square of the streams.
     let debug = cfg!(debug_assertions) && std::env::var_os("DINDPOOL_BIN").is_none();
-    let wanted = if debug { 1_000 } else { HELD };
+    let wanted = if debug { 500 } else { HELD };
     let held = wanted.min((hard as usize).saturating_sub(400) / 2);
     if held < HELD {
         say(format!("          {held} of {HELD} streams: debug build: {debug}, limit of open files: {hard}"));
