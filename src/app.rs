@@ -85,8 +85,8 @@ pub fn say(line: &str) {
 /// What runs beside the pool; boxed, because each command has its own.
 pub type Beside = Pin<Box<dyn Future<Output = ()> + Send>>;
 
-/// Runs proxy and pool until `shutdown`, with the settings of `source` after each SIGHUP; then ends open streams within their grace. `beside` makes a task that
-/// runs beside them (progress, for `up`).
+/// Runs proxy and pool until `shutdown`, with the settings of `source` after each SIGHUP; then ends open streams
+/// within their grace. `beside` makes a task that runs beside them (progress, for `up`).
 ///
 /// # Errors
 /// When the metrics cannot be registered.

@@ -31,6 +31,7 @@ use crate::drain::Drain;
 use crate::engine::model::{CordonedBy, DaemonId};
 use crate::pool::Pool;
 use crate::pool::cordon::Unknown;
+use crate::proxy::Origin;
 use crate::proxy::classify::parameter;
 use crate::proxy::listener::Bound;
 use token::Token;
@@ -62,11 +63,9 @@ pub struct Admin {
 
 /// Serves an admin listener until it is dropped.
 pub async fn run(bound: Bound, admin: Arc<Admin>) {
-    // The socket's file mode has decided who gets this far.
-    let trusted = matches!(bound, Bound::Unix(..));
     loop {
-        let stream = match bound.accept().await {
-            Ok((stream, _)) => stream,
+        let (stream, origin) = match bound.accept().await {
+            Ok(accepted) => accepted,
             Err(error) => {
                 tracing::warn!("accept on the admin listener: {error}");
                 tokio::time::sleep(Duration::from_millis(50)).await;
@@ -76,6 +75,7 @@ pub async fn run(bound: Bound, admin: Arc<Admin>) {
         // Closed at once: a probe that finds no room is repeated, one that waits for it hangs.
         let Ok(place) = admin.room.clone().try_acquire_owned() else { continue };
         let admin = admin.clone();
+        let trusted = is_owner(origin);
         tokio::spawn(async move {
             let service = service_fn(move |request| {
                 let response = admin.answer(&request, trusted);
@@ -89,6 +89,15 @@ pub async fn run(bound: Bound, admin: Arc<Admin>) {
                 .serve_connection(TokioIo::new(stream), service)
                 .await;
         });
+    }
+}
+
+/// Whether the client is who runs the proxy, or root. The socket's file mode says the same, but only from the moment
+/// after it was bound.
+fn is_owner(origin: Origin) -> bool {
+    match origin {
+        Origin::Unix(_, uid) => uid == 0 || uid == nix::unistd::geteuid().as_raw(),
+        Origin::Tcp(..) => false,
     }
 }
 
@@ -285,6 +294,15 @@ mod tests {
         assert_eq!(get("/readyz").await, (503, "shutting down\n".into()));
         assert_eq!(get("/livez").await.0, 200);
         assert_eq!(get("/nothing").await.0, 404);
+    }
+
+    #[test]
+    fn the_socket_is_trusted_for_its_owner_and_root_only() {
+        let own = nix::unistd::geteuid().as_raw();
+        assert!(is_owner(Origin::Unix(None, own)) && is_owner(Origin::Unix(None, 0)));
+        assert!(!is_owner(Origin::Unix(Some(1), own + 1)));
+        let address = "127.0.0.1:1".parse().unwrap();
+        assert!(!is_owner(Origin::Tcp(address, address)));
     }
 
     #[tokio::test]

@@ -1267,3 +1267,25 @@ fn what_runs_without_a_session_counts_by_compose_projects_and_not_while_somebody
     pool.learn(&a, Some(&grant), Fact::Created { kind: Kind::Container, id: "mine".into(), name: None });
     assert_eq!(strangers(&pool), 2);
 }
+
+#[test]
+fn a_stranger_that_exits_makes_room_for_who_waits() {
+    let mut pool = Pool::of(1);
+    pool.engine.config.queue_limit = 10;
+    let a = DaemonId::from("a");
+    for id in ["web", "db"] {
+        pool.learn(&a, None, Fact::Created { kind: Kind::Container, id: id.into(), name: None });
+        pool.learn(&a, None, Fact::Started { id: id.into() });
+    }
+    // Of two slots one is always the pool's.
+    let _first = pool.grant(build("one"));
+    pool.requests += 1;
+    let waits = Acquire { request: RequestId(pool.requests), ..build("two") };
+    let told = pool.tell(Event::Acquire(waits));
+    assert!(told.iter().any(|e| matches!(e, Effect::Queued { .. })));
+    let granted = |told: &[Effect]| told.iter().any(|e| matches!(e, Effect::Granted { .. }));
+    pool.learn(&a, None, Fact::Stopped { id: "db".into() });
+    assert!(!granted(&pool.told[pool.told.len() - 1..]), "one is left in the second slot");
+    let told = pool.tell(Event::Learned { daemon: a, open: None, fact: Fact::Stopped { id: "web".into() } });
+    assert!(granted(&told));
+}

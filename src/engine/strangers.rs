@@ -61,10 +61,11 @@ impl Engine {
         let Some(d) = self.daemons.get_mut(daemon) else { return };
         let object = self.objects.get(daemon, Kind::Container, id);
         let stranger = object.filter(|o| o.live && o.owners.is_empty() && o.tenant.is_none());
+        let before = d.strangers.count();
         let Some(stranger) = stranger else {
             d.strangers.suspects.remove(id);
-            self.queue.changed |= d.strangers.running.contains_key(id);
             d.strangers.set(id, None);
+            self.queue.changed |= d.strangers.count() < before;
             return;
         };
         let known = d.strangers.running.contains_key(id);
@@ -74,6 +75,8 @@ impl Engine {
         }
         d.strangers.suspects.remove(id);
         d.strangers.set(id, Some(stranger.project.as_deref().unwrap_or(id)));
+        // Two that turn out to be one project make room as well.
+        self.queue.changed |= d.strangers.count() < before;
     }
 
     /// Nobody builds on the daemon any more: what still runs is no build's.
