@@ -902,6 +902,20 @@ mod tests {
     }
 
     #[test]
+    fn builds_of_one_project_do_not_make_one_daemon_of_a_pool() {
+        let mut pool = Pool::of(&["a", "b", "c"], config());
+        let slots =
+            |id: &&str| Observed { id: (*id).into(), draining: false, pending: None, slots: Some(64) };
+        pool.tell(Event::Observed(["a", "b", "c"].iter().map(slots).collect()));
+        for i in 0..60 {
+            let build = project(&mut pool, &i.to_string(), "app");
+            assert!(!pool.waits(build));
+        }
+        let used: Vec<u32> = pool.engine.daemons().map(|d| d.used).collect();
+        assert!(used.iter().all(|n| (15..=25).contains(n)), "{used:?}");
+    }
+
+    #[test]
     fn a_daemon_that_goes_takes_its_warmth_along() {
         let mut pool = Pool::of(&["a", "b"], Config { linger: Time::ZERO, ..config() });
         let first = project(&mut pool, "1", "app");

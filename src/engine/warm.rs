@@ -3,8 +3,8 @@
 //!
 //! A build of a known project goes where it is expected to be *done* first: the wait there, and [`COLD`] more where
 //! the project has not been built. A daemon counts as warm as soon as a build of the project is placed on it or waits
-//! for it, so that a burst of one project stays together. Ties go by rendezvous hash, so that a project that nobody
-//! has built finds the same daemon every time.
+//! for it; it no longer does while it has more than [`BOUND`] times its share of the pool's work. Ties go by rendezvous
+//! hash, so that a project that nobody has built finds the same daemon every time.
 //!
 //! A build may therefore wait for its warm daemon while another has a free slot, but no longer than
 //! [`super::Config::warm_wait`]: then it takes any slot that nobody else wants. It does not come before those that are
@@ -21,6 +21,9 @@ use super::{Engine, balancer};
 /// take about four times as long (performance data of the design), so three would be even; but with three the builds
 /// of a project that suddenly becomes popular wait long for one daemon: p99 at 70 % load .6 with 1 or 2, 1.6 with 3.
 const COLD: f64 = 1.25;
+/// How much more than its share of all work a daemon may have before its caches count for nothing: without a bound
+/// a pool with one busy project would be one daemon (bounded loads, Mirrokni et al. 2016; design, decision 4).
+const BOUND: f64 = 1.25;
 /// Projects that a daemon is remembered to have built. Its own cache holds fewer or more; dockerd does not say.
 const REMEMBERED: usize = 512;
 
@@ -123,12 +126,15 @@ impl Engine {
         able: &[&Daemon],
     ) -> Option<DaemonId> {
         let hash = balancer::hash(project.as_str());
+        let waiting = |d: &Daemon| self.queue.preferences.waiting(&d.id, project, acquire.request);
+        let load = |d: &Daemon| d.expected_load() as f64 / 4.0 + f64::from(waiting(d).0);
+        let slots: f64 = able.iter().map(|d| f64::from(d.capacity())).sum();
+        let full = (able.iter().map(|d| load(d)).sum::<f64>() + 1.0) / slots.max(1.0);
         let cost = |d: &Daemon| {
-            let (waiting, of_project) = self.queue.preferences.waiting(&d.id, project, acquire.request);
-            let capacity = f64::from(d.capacity().max(1));
-            let load = d.expected_load() as f64 / 4.0 + f64::from(waiting);
+            let (load, capacity) = (load(d), f64::from(d.capacity().max(1)));
             let ahead = (load + 1.0 - capacity).max(0.0) / capacity;
-            let warm = of_project > 0 || self.warm.is_warm(project, &d.id);
+            let bounded = load < (BOUND * full * capacity).ceil();
+            let warm = bounded && (waiting(d).1 > 0 || self.warm.is_warm(project, &d.id));
             // Of two that would start it at once the emptier one: builds slow each other down a little.
             ahead + if warm { 0.0 } else { COLD } + load / capacity / 1000.0
         };

@@ -65,6 +65,8 @@ const MAX_PEEK: usize = 4 << 20;
 /// How many daemons a request tries before it gives up. Each that refuses is ejected, so in a pool with
 /// anybody left this finds one.
 const TRIES: usize = 8;
+/// How long the first request of a client is waited for that has connected just before the proxy stops.
+const NEWCOMER: Duration = Duration::from_secs(1);
 /// How long a daemon may take for the 101 of `/grpc`: then the client gives up anyway.
 const UPGRADE: Duration = Duration::from_secs(20);
 
@@ -173,8 +175,10 @@ impl Connection {
     async fn first_bytes(&mut self) -> Next {
         let deadline = 2 * self.proxy.head_deadline;
         let first = timeout(deadline, self.client.peek(4));
-        let Some(first) = self.proxy.drain.unless_stopping(first).await else {
-            return Next::Close;
+        let first = match self.proxy.drain.unless_stopping(first).await {
+            Some(first) => first,
+            // It has connected a moment ago, and its request is on its way.
+            None => timeout(NEWCOMER, self.client.peek(4)).await,
         };
         let Ok(first) = first else {
             // To one that has asked nothing, nothing is answered: it may be kept in reserve by its client, which
