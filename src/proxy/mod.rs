@@ -43,10 +43,10 @@ use self::identify::{HEADER, Identity, ListenerIdentity, PROJECT, Source, identi
 use self::learn::{Named, Watcher};
 use self::limits::Gate;
 use self::peer::Peers;
-use self::relay::h2::{self, PREFACE};
+use self::relay::h2::PREFACE;
 use self::relay::{
-    Framing, HeadError, Options, Peer, RequestHead, ResponseHead, Side, TunnelCause, TunnelKind, Version,
-    exchange, refuse, tunnel,
+    Framing, HeadError, Options, Peer, Refusal, RequestHead, ResponseHead, Side, TunnelCause, TunnelKind,
+    Version, exchange, refuse, tunnel,
 };
 use self::solve::SolveTap;
 use self::sweep::Sweeper;
@@ -67,6 +67,8 @@ const MAX_PEEK: usize = 4 << 20;
 const TRIES: usize = 8;
 /// How long the first request of a client is waited for that has connected just before the proxy stops.
 const NEWCOMER: Duration = Duration::from_secs(1);
+/// How long a BuildKit client that was refused may keep its connection: it makes all its calls at once.
+const REFUSED: Duration = Duration::from_secs(60);
 /// How long a daemon may take for the 101 of `/grpc`: then the client gives up anyway.
 const UPGRADE: Duration = Duration::from_secs(20);
 
@@ -474,11 +476,10 @@ impl Connection {
                 return;
             }
             Err(error) => {
-                // Nothing but HTTP/2 may be said here any more.
-                refuse(&mut self.client, &h2::goaway(&error.message, told.settings)).await;
                 self.proxy.metrics.errors.with_label_values(&[error.fault().as_str()]).inc();
                 tracing::warn!(session = %want.key, "{}", error.for_log());
                 self.done(route, &want.into(), None, started, "refused");
+                self.refuse_calls(&error, told).await;
                 return;
             }
         };
@@ -498,6 +499,23 @@ impl Connection {
         };
         self.done(route, &who, Some(&lease), started, word(outcome));
         lease.finish(outcome);
+    }
+
+    /// Nothing but HTTP/2 may be said to this client any more: each of its calls is answered with the error, until it
+    /// leaves.
+    async fn refuse_calls(&mut self, error: &Error, told: Told) {
+        let Connection { client, proxy, .. } = self;
+        let mut refusal = Refusal::new(&error.message, told.settings);
+        let answer = async {
+            loop {
+                let Ok(out) = refusal.feed(client.buffered()) else { return };
+                client.consume(client.buffered().len());
+                if client.write_all(&out).await.is_err() || !matches!(client.fill().await, Ok(1..)) {
+                    return;
+                }
+            }
+        };
+        let _ = proxy.drain.unless_stopping(timeout(REFUSED, answer)).await;
     }
 
     async fn tunnel(

@@ -16,25 +16,11 @@ const FRAME_HEAD: usize = 9;
 const HEADERS: u8 = 1;
 const RST_STREAM: u8 = 3;
 const SETTINGS: u8 = 4;
-const GOAWAY: u8 = 7;
 const ACK: u8 = 1;
 
 /// A SETTINGS frame that changes nothing.
 pub fn empty_settings() -> [u8; 9] {
     [0, 0, 0, SETTINGS, 0, 0, 0, 0, 0]
-}
-
-/// Ends a connection whose client has sent its preface, with the reason as debug data: gRPC clients print it.
-/// `greeted` says that [`empty_settings`] has been sent; before anything else a server sends its SETTINGS.
-pub fn goaway(reason: &str, greeted: bool) -> Vec<u8> {
-    let mut out = if greeted { Vec::new() } else { empty_settings().to_vec() };
-    let length = u32::try_from(8 + reason.len()).unwrap_or(8);
-    out.extend_from_slice(&length.to_be_bytes()[1..]);
-    out.extend_from_slice(&[GOAWAY, 0, 0, 0, 0, 0]);
-    // Last stream 0: nothing of it has been done. ENHANCE_YOUR_CALM: do not come back at once.
-    out.extend_from_slice(&[0, 0, 0, 0, 0, 0, 0, 0x0b]);
-    out.extend_from_slice(reason.as_bytes());
-    out
 }
 
 /// Whether a client has taken back every call that it has made since the preface, so far as its bytes are here.
@@ -188,16 +174,6 @@ mod tests {
         assert!(!given_up(&[one, traces]));
         // Within a payload, or cut off, it is no frame.
         assert!(!given_up(&[frame(HEADERS, 1, &reset(1))]));
-    }
-
-    #[test]
-    fn a_refusal_is_settings_and_a_goaway_with_its_reason() {
-        let frame = goaway("full", false);
-        assert_eq!(frame[..9], empty_settings());
-        assert_eq!(frame[9..18], [0, 0, 12, 7, 0, 0, 0, 0, 0]);
-        assert_eq!(frame[18..26], [0, 0, 0, 0, 0, 0, 0, 11]);
-        assert_eq!(&frame[26..], b"full");
-        assert_eq!(goaway("full", true), frame[9..]);
     }
 
     #[test]

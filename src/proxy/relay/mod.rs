@@ -57,6 +57,7 @@ pub mod guard;
 pub mod h2;
 pub mod head;
 pub mod io;
+pub mod refusal;
 pub mod tunnel;
 
 #[cfg(test)]
@@ -67,4 +68,5 @@ pub use framing::Body;
 pub use guard::{Asked, Fate, Guard};
 pub use head::{Framing, MAX_HEAD, RequestHead, ResponseHead, Version};
 pub use io::{HeadError, Peer, Side};
+pub use refusal::Refusal;
 pub use tunnel::{Tap, TunnelCause, TunnelEnd, TunnelKind, Verdict, tunnel};
