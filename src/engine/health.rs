@@ -185,17 +185,21 @@ impl Daemon {
         self.vitals.opened.map_or(self.slots, |opened| opened.min(self.slots))
     }
 
+    /// Slots that nobody else gets: those in use, and those that strangers keep busy. They may have come for good:
+    /// one slot is always the pool's.
+    fn taken(&self) -> u32 {
+        self.used + self.strangers().min(self.slots.saturating_sub(1))
+    }
+
     /// Whether one more session finds a slot.
     pub fn has_room(&self) -> bool {
-        // Strangers may have come for good: one slot is always the pool's.
-        let strangers = self.strangers().min(self.slots.saturating_sub(1));
-        self.used + strangers < self.capacity()
+        self.taken() < self.capacity()
     }
 
     /// Its work for the balancer, in quarters of a slot: what is under way, and what counts against it. With a
     /// mild reason a free slot here is still better than none elsewhere; with a grave one it is not.
     pub(super) fn expected_load(&self) -> u64 {
-        let used = u64::from(self.used) + u64::from(self.strangers());
+        let taken = u64::from(self.taken());
         let capacity = u64::from(self.capacity().max(1));
         let vitals = &self.vitals;
         let grave = vitals.failing.is_some()
@@ -204,10 +208,10 @@ impl Daemon {
         let mild = vitals.slow || vitals.suspicion == Suspicion::Mild;
         let against = match (grave, mild) {
             (true, _) => 8 * capacity,
-            (false, true) => (2 * capacity).min((4 * capacity.saturating_sub(used)).saturating_sub(1)),
+            (false, true) => (2 * capacity).min((4 * capacity.saturating_sub(taken)).saturating_sub(1)),
             (false, false) => 0,
         };
-        4 * used + against
+        4 * taken + against
     }
 
     /// How long it must be well before it comes back; zero unless it is out.

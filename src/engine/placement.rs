@@ -100,6 +100,11 @@ impl Engine {
         self.sessions.get_mut(key)?.lost.take()
     }
 
+    /// Whether what it needs exists on some daemons only.
+    pub(super) fn is_limited(&self, acquire: &Acquire) -> bool {
+        self.limit(acquire).is_some()
+    }
+
     /// Where an image or the objects beside a new container are. The first that limits wins; the next ones
     /// narrow it as long as something is left.
     fn limit(&self, acquire: &Acquire) -> Option<BTreeSet<DaemonId>> {

@@ -288,10 +288,11 @@ impl Engine {
         })
     }
 
-    /// Whether something of the BuildKit session that a `/session` names is open on a daemon: it goes there.
-    fn is_somewhere(&self, join: &Acquire) -> bool {
-        let uuid = join.target.as_ref().filter(|t| t.kind == Kind::BuildSession);
-        uuid.is_some_and(|u| !self.objects.resolve(u.kind, &u.reference, &join.tenant).is_empty())
+    /// Whether something of the BuildKit session that a build or its `/session` names is open on a daemon: it goes
+    /// there.
+    fn is_somewhere(&self, acquire: &Acquire) -> bool {
+        let uuid = acquire.target.as_ref().filter(|t| t.kind == Kind::BuildSession);
+        uuid.is_some_and(|u| !self.objects.resolve(u.kind, &u.reference, &acquire.tenant).is_empty())
     }
 
     fn waits_with_build(&self, join: &Acquire) -> bool {
@@ -431,12 +432,11 @@ impl Engine {
             if self.tenant_is_full(&tenant) {
                 continue;
             }
-            for (bound, request) in self.turn(&tenant).into_iter().take(WINDOW) {
-                let Some(ticket) = self.queue.tickets.get(&request).filter(|_| !bound) else { continue };
-                let patient = now < ticket.since + self.config.warm_wait;
-                let Some(project) = ticket.acquire.requirements.project.as_ref().filter(|_| !patient) else {
-                    continue;
-                };
+            let turn = self.turn(&tenant).into_iter().filter(|(bound, _)| !bound);
+            let cold: Vec<RequestId> = turn.map(|(_, r)| r).filter(|r| self.may_be_cold(*r, now)).collect();
+            for request in cold.into_iter().take(WINDOW) {
+                let Some(ticket) = self.queue.tickets.get(&request) else { continue };
+                let Some(project) = &ticket.acquire.requirements.project else { continue };
                 let free: Vec<&Daemon> =
                     able(&self.daemons, &ticket.acquire).into_iter().filter(|d| d.has_room()).collect();
                 if let Some(daemon) = self.done_first(&ticket.acquire, project, &free) {
@@ -446,6 +446,15 @@ impl Engine {
             }
         }
         false
+    }
+
+    /// Whether a ticket that belongs to no session's daemon has waited long enough for a warm one, and could do with
+    /// any other: `/session` of its build, or something that it needs, may have led it to one.
+    fn may_be_cold(&self, request: RequestId, now: Time) -> bool {
+        let Some(Ticket { acquire, since }) = self.queue.tickets.get(&request) else { return false };
+        acquire.requirements.project.is_some()
+            && *since + self.config.warm_wait <= now
+            && !(acquire.is_led() && (self.is_somewhere(acquire) || self.is_limited(acquire)))
     }
 
     /// A ticket's wait is over.
@@ -913,6 +922,53 @@ mod tests {
         }
         let used: Vec<u32> = pool.engine.daemons().map(|d| d.used).collect();
         assert!(used.iter().all(|n| (15..=25).contains(n)), "{used:?}");
+    }
+
+    #[test]
+    fn a_build_whose_session_is_open_on_a_daemon_waits_for_that_one() {
+        let mut pool = Pool::of(&["a", "b"], Config { linger: Time::ZERO, ..config() });
+        let elsewhere = project(&mut pool, "1", "app");
+        let session = pool.ask("t", "s", Class::Join, Some("uuid"));
+        let other = pool.build("t", "2");
+        assert_eq!(pool.granted[&session].1, pool.granted[&other].1);
+        pool.requests += 1;
+        let build = RequestId(pool.requests);
+        pool.tell(Event::Acquire(Acquire {
+            request: build,
+            key: "3".into(),
+            tenant: "t".into(),
+            source: None,
+            inside: None,
+            shares_names: true,
+            class: Class::Work(Work::Build),
+            target: Some(ObjectRef { kind: Kind::BuildSession, reference: "uuid".into() }),
+            requirements: Requirements { project: Some("app".into()), ..Requirements::default() },
+            deadline: None,
+        }));
+        pool.end(elsewhere);
+        pool.pass(config().warm_wait);
+        assert!(pool.waits(build), "on the free daemon it would not find its session");
+        pool.end(other);
+        assert_eq!(pool.granted[&build].1, pool.granted[&session].1);
+    }
+
+    #[test]
+    fn those_who_belong_elsewhere_hide_nobody_who_would_take_any_slot() {
+        let mut pool = Pool::of(&["a"], Config { linger: Time::ZERO, ..config() });
+        let bound: Vec<String> = (0..=WINDOW).map(|i| format!("bound{i}")).collect();
+        for key in &bound {
+            let session = pool.ask("t", key, Class::Join, None);
+            assert!(!pool.waits(session));
+        }
+        let first = project(&mut pool, "1", "app");
+        let builds: Vec<RequestId> = bound.iter().map(|key| pool.build("t", key)).collect();
+        pool.observe(&["a", "b"]);
+        pool.answers("b");
+        let cold = project(&mut pool, "2", "app");
+        assert!(pool.waits(cold) && builds.iter().all(|b| pool.waits(*b)));
+        pool.pass(config().warm_wait);
+        assert_eq!(pool.granted[&first].1, "a".into());
+        assert_eq!(pool.granted[&cold].1, "b".into(), "nobody else can have that slot");
     }
 
     #[test]

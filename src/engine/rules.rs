@@ -1289,3 +1289,16 @@ fn a_stranger_that_exits_makes_room_for_who_waits() {
     let told = pool.tell(Event::Learned { daemon: a, open: None, fact: Fact::Stopped { id: "web".into() } });
     assert!(granted(&told));
 }
+
+#[test]
+fn strangers_keep_no_slot_from_the_pool_that_is_said_to_be_free() {
+    let mut pool = Pool::of(2);
+    pool.engine.config.queue_limit = 10;
+    for id in ["one", "two", "three", "four", "five"] {
+        pool.learn(&"a".into(), None, Fact::Created { kind: Kind::Container, id: id.into(), name: None });
+        pool.learn(&"a".into(), None, Fact::Started { id: id.into() });
+    }
+    // Of the two slots of `a` one is always the pool's: nobody waits for `b` beside it.
+    let builds: Vec<Grant> = ["k1", "k2", "k3"].iter().map(|key| pool.grant(build(key))).collect();
+    assert_eq!(builds.iter().filter(|grant| grant.daemon.as_str() == "a").count(), 1);
+}
