@@ -284,7 +284,8 @@ impl Connection {
         // A body that nobody reads would be taken for the next request.
         let keep_alive = head.keep_alive && has_no_body(&head) && !self.proxy.drain.is_stopping();
         match route.local {
-            Some(Local::Ping) if self.proxy.pool.queue_is_full() => {
+            // Who runs on one of the pool's daemons never queues, and cannot be kept out by a full queue.
+            Some(Local::Ping) if self.proxy.pool.queue_is_full() && self.inside().is_none() => {
                 // BuildKit can only be refused here: anywhere later buildx falls back to another driver.
                 let refused = match self.identify(&prefix, head.header(HEADER)).await {
                     Ok(identity) => self.proxy.pool.refuses(&identity.key),

@@ -39,19 +39,7 @@ impl Bridge {
     /// A TCP port in the i-th namespace that leads to a Unix socket: a daemon on a machine of its own. Its address.
     pub fn node(&self, i: usize, socket: &Path) -> String {
         let address = format!("{}.{}:2375", self.net, i + 10);
-        let namespace =
-            std::fs::File::open(format!("/run/netns/{}", self.namespaces[i])).expect("a namespace");
-        let (bind, socket) = (address.clone(), socket.to_path_buf());
-        let (ready, bound) = std::sync::mpsc::channel();
-        std::thread::spawn(move || {
-            nix::sched::setns(&namespace, nix::sched::CloneFlags::CLONE_NEWNET).expect("setns");
-            let listener = TcpListener::bind(bind).expect("a listener");
-            let _ = ready.send(());
-            for stream in listener.incoming().flatten() {
-                forward(stream, &socket);
-            }
-        });
-        bound.recv().expect("it listens");
+        listen_inside(&format!("/run/netns/{}", self.namespaces[i]), &address, socket);
         address
     }
 
@@ -88,6 +76,22 @@ impl Drop for Bridge {
         }
         let _ = Command::new("ip").args(["link", "del", &self.name]).status();
     }
+}
+
+/// A TCP port in a network namespace, given by its file, that leads to a Unix socket.
+pub fn listen_inside(namespace: &str, address: &str, socket: &Path) {
+    let namespace = std::fs::File::open(namespace).expect("a namespace");
+    let (address, socket) = (address.to_owned(), socket.to_path_buf());
+    let (ready, bound) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        nix::sched::setns(&namespace, nix::sched::CloneFlags::CLONE_NEWNET).expect("setns");
+        let listener = TcpListener::bind(address).expect("a listener");
+        let _ = ready.send(());
+        for stream in listener.incoming().flatten() {
+            forward(stream, &socket);
+        }
+    });
+    bound.recv().expect("it listens");
 }
 
 /// Both directions between a client and a Unix socket, each in a thread.
