@@ -76,7 +76,8 @@ pub struct Metrics {
     pub ejections: IntCounterVec,
     /// Times that a daemon was refused because another one uses its data root.
     pub shared_roots: IntCounter,
-    /// Probes, by kind (`info`, `deep`) and outcome (`answered`, `failed`, `refused`, `slow`, `unsupported`).
+    /// Probes, by kind (`info`, `deep`) and outcome (`answered`, `failed`, `refused`, `slow`, `unsupported`,
+    /// `unreached`).
     pub probes: IntCounterVec,
     /// Changes of a daemon's standing, by what it became.
     pub transitions: IntCounterVec,

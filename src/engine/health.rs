@@ -54,7 +54,7 @@ pub(super) struct Vitals {
     /// When it came back last.
     back: Option<Time>,
     /// What the last deep probe said, if it failed.
-    pub(super) failing: Option<String>,
+    pub(super) failing: Option<Failing>,
     unanswered: u32,
     /// Whether a deep probe is under way.
     under_way: bool,
@@ -73,6 +73,14 @@ pub(super) struct Vitals {
     opened: Option<u32>,
 }
 
+/// Why a deep probe has failed.
+#[derive(Debug, Clone)]
+pub(super) struct Failing {
+    why: String,
+    /// It did not end in time: what writes there takes long, and need not fail.
+    late: bool,
+}
+
 /// How much the way in which work has ended counts against a daemon, until a deep probe has cleared it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 enum Suspicion {
@@ -82,6 +90,13 @@ enum Suspicion {
     Mild,
     /// The daemon has answered with server errors.
     Grave,
+}
+
+impl Vitals {
+    /// Nothing is known against it but what `/info` says.
+    fn absolve(&mut self) {
+        (self.failing, self.unanswered, self.suspicion) = (None, 0, Suspicion::None);
+    }
 }
 
 fn pause(strikes: u32) -> Time {
@@ -175,8 +190,7 @@ impl Daemon {
 
     /// What its state and health forget when another daemon answers in its place.
     pub(super) fn forget_writes(&mut self) {
-        (self.vitals.failing, self.vitals.unanswered) = (None, 0);
-        self.vitals.suspicion = Suspicion::None;
+        self.vitals.absolve();
         self.shares.clear();
     }
 
@@ -198,14 +212,20 @@ impl Daemon {
 
     /// Its work for the balancer, in quarters of a slot: what is under way, and what counts against it. With a
     /// mild reason a free slot here is still better than none elsewhere; with a grave one it is not.
+    ///
+    /// One that cannot write, and is not ejected because too few would be left, has a grave reason: its builds fail at
+    /// once, so that with a mild one a queue would run through it and fail, where waiting for another daemon helps.
+    /// (Where none of them can write, that counts against all of them alike.) One whose writes are only late has a mild
+    /// reason: builds take longer there, and if nobody went there, the few others would have to do everything.
     pub(super) fn expected_load(&self) -> u64 {
         let taken = u64::from(self.taken());
         let capacity = u64::from(self.capacity().max(1));
         let vitals = &self.vitals;
-        let grave = vitals.failing.is_some()
+        let late = vitals.failing.as_ref().map(|f| f.late);
+        let grave = late == Some(false)
             || vitals.suspicion == Suspicion::Grave
             || (vitals.suspicion == Suspicion::Mild && vitals.under_way);
-        let mild = vitals.slow || vitals.suspicion == Suspicion::Mild;
+        let mild = vitals.slow || late == Some(true) || vitals.suspicion == Suspicion::Mild;
         let against = match (grave, mild) {
             (true, _) => 8 * capacity,
             (false, true) => (2 * capacity).min((4 * capacity.saturating_sub(taken)).saturating_sub(1)),
@@ -258,7 +278,14 @@ impl Engine {
                     self.effects.push(Effect::Ejected { daemon: daemon.clone(), cause });
                 }
             }
-            (Health::Ejected, Health::Healthy) => self.start_slowly(daemon, now),
+            (Health::Ejected, Health::Healthy) => {
+                let suspect = d.vitals.suspicion != Suspicion::None;
+                self.start_slowly(daemon, now);
+                if suspect {
+                    // It went out before the probe that was to clear it: the next one may be an interval away.
+                    self.probe_deeply_at(daemon, now, now);
+                }
+            }
             _ => {}
         }
         if (before.0, after.0) == (State::Starting, State::Ready) {
@@ -271,10 +298,42 @@ impl Engine {
         if self.daemons.values().any(|d| d.takes_sessions() && d.used > 0) {
             self.start_slowly(daemon, now);
         }
-        // Where in the interval each daemon's turn is, follows from its name: they do not write all at once.
+        self.begin_deep_probes(daemon, now);
+    }
+
+    /// Where in the interval each daemon's turn is, follows from its name: they do not write all at once.
+    fn begin_deep_probes(&mut self, daemon: &DaemonId, now: Time) {
         let Some(d) = self.daemons.get(daemon) else { return };
         let share = (balancer::mix(d.hash) >> 48) as u32;
         self.probe_deeply_at(daemon, now + self.config.deep_probe_interval * share / (1 << 16), now);
+    }
+
+    /// The time between deep probes is another one. Without any, nothing counts that one has said, or would have to
+    /// clear: nobody would ever take it back.
+    pub(super) fn deep_probes_configured(&mut self, now: Time) {
+        self.queue.changed = true;
+        let met = self.daemons.values().filter(|d| d.state != State::Starting);
+        for daemon in met.map(|d| d.id.clone()).collect::<Vec<_>>() {
+            if self.config.deep_probe_interval.is_zero() {
+                self.end_deep_probes(&daemon);
+            } else {
+                self.begin_deep_probes(&daemon, now);
+            }
+        }
+    }
+
+    fn end_deep_probes(&mut self, daemon: &DaemonId) {
+        let Some(d) = self.daemons.get_mut(daemon) else { return };
+        if let Some(due) = d.vitals.due.take() {
+            self.timers.remove(&(due, Timer::Deep(daemon.clone())));
+        }
+        if d.vitals.failing.is_some() && d.health == Health::Healthy {
+            d.reason.clear();
+        }
+        d.vitals.absolve();
+        if d.vitals.cause == Some(Cause::Writes) {
+            d.vitals.cause = None; // It comes back as one that has answered again.
+        }
     }
 
     /// `/info` has answered after this time.
@@ -368,6 +427,10 @@ impl Engine {
         let before = d.standing();
         let vitals = &mut d.vitals;
         (vitals.under_way, vitals.ended) = (false, Some(now));
+        self.queue.changed = true; // It counts for less against the daemon that none is under way.
+        if self.config.deep_probe_interval.is_zero() {
+            return; // It had begun before there were to be none.
+        }
         let mut next = now + self.config.deep_probe_interval;
         if matches!(vitals.cause, Some(Cause::Refused | Cause::Silent)) {
             // It has stopped answering since: that is what this says as well.
@@ -376,19 +439,27 @@ impl Engine {
         }
         let failed = match result {
             DeepProbe::Wrote | DeepProbe::Unsupported => None,
-            DeepProbe::Failed(reason) => Some(reason),
+            DeepProbe::Unreached => {
+                if vitals.failing.is_some() || vitals.suspicion != Suspicion::None {
+                    next = now + pause(vitals.strikes).max(PAUSE);
+                }
+                self.probe_deeply_at(daemon, next, now);
+                return;
+            }
+            DeepProbe::Failed(reason) => Some((reason, false)),
             DeepProbe::Slow(reason) => {
                 vitals.unanswered += 1;
                 if vitals.unanswered < SLOW_WRITES && vitals.failing.is_none() {
                     self.probe_deeply_at(daemon, now + PAUSE, now);
                     return;
                 }
-                Some(reason)
+                Some((reason, true))
             }
         };
-        if let Some(reason) = failed {
+        if let Some((reason, late)) = failed {
             (vitals.innocent, vitals.asked) = (0, false);
-            (vitals.failing, vitals.well_since) = (Some(format!("cannot write: {reason}")), None);
+            vitals.failing = Some(Failing { why: format!("cannot write: {reason}"), late });
+            vitals.well_since = None;
             next = now + pause(vitals.strikes).max(PAUSE);
         } else {
             (vitals.failing, vitals.unanswered) = (None, 0);
@@ -404,7 +475,6 @@ impl Engine {
                 d.reason.clear();
             }
         }
-        self.queue.changed = true;
         self.tell_change(daemon, before, now);
         self.probe_deeply_at(daemon, next, now);
         self.eject_failing(now);
@@ -428,7 +498,7 @@ impl Engine {
             let left = self.daemons.values().any(|d| d.id != id && d.takes_sessions());
             let Some(d) = self.daemons.get_mut(&id) else { continue };
             let before = d.standing();
-            let why = d.vitals.failing.clone().unwrap_or_default();
+            let why = d.vitals.failing.as_ref().map(|f| f.why.clone()).unwrap_or_default();
             if out < all / 2 && left {
                 d.reason = why;
                 d.eject(Cause::Writes, now);
@@ -474,6 +544,17 @@ impl Engine {
         }
     }
 
+    /// They do not, or no longer: a data root was moved while neither was another daemon for it.
+    pub(super) fn distinct(&mut self, one: &DaemonId, other: &DaemonId) {
+        for (daemon, with) in [(one, other), (other, one)] {
+            let Some(d) = self.daemons.get_mut(daemon) else { continue };
+            if d.shares.remove(with) {
+                self.effects.push(members::changed(d));
+                self.queue.changed = true;
+            }
+        }
+    }
+
     /// What somebody must do something about, a sentence each.
     pub fn alarms(&self) -> Vec<String> {
         let mut alarms = Vec::new();
@@ -484,7 +565,8 @@ impl Engine {
                     d.id
                 ));
             }
-            if let Some(why) = d.vitals.failing.as_ref().filter(|_| d.health == Health::Healthy) {
+            if let Some(failing) = d.vitals.failing.as_ref().filter(|_| d.health == Health::Healthy) {
+                let why = &failing.why;
                 alarms.push(format!("daemon {} {why}; it serves on, because too few are left", d.id));
             }
         }

@@ -213,6 +213,7 @@ impl Engine {
             Event::Timed { daemon, took } => self.timed(&daemon, took),
             Event::Wrote { daemon, result } => self.wrote(&daemon, result, now),
             Event::Shared { one, other } => self.share(&one, &other),
+            Event::Distinct { one, other } => self.distinct(&one, &other),
             Event::Observed(observed) => self.observed(observed, now),
             Event::Replaced { daemon } => self.replaced(&daemon, now),
             Event::Inventory { daemon, began, inventory } => self.inventory(&daemon, began, inventory, now),
@@ -236,8 +237,11 @@ impl Engine {
 
     /// Other limits and times from now on. A ticket keeps the longest wait that it came with.
     fn configured(&mut self, config: Config, now: Time) {
-        let epoch = self.config.epoch;
+        let (epoch, interval) = (self.config.epoch, self.config.deep_probe_interval);
         self.config = Config { epoch, ..config };
+        if self.config.deep_probe_interval != interval {
+            self.deep_probes_configured(now);
+        }
         self.queue.changed = true;
         // A shorter grace may be over already.
         let mut keys: Vec<SessionKey> = self.sessions.keys().cloned().collect();

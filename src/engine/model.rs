@@ -267,8 +267,10 @@ pub enum DeepProbe {
     Failed(String),
     /// It did not answer in time, as one with a busy disk may.
     Slow(String),
-    /// It could not be asked (an authorisation plugin, nobody there): that proves nothing.
+    /// It does not take what it would have to write (an authorisation plugin): it is not judged by it.
     Unsupported,
+    /// No connection came about: whether it can write is as known as before.
+    Unreached,
 }
 
 /// Why a daemon is ejected.
@@ -437,6 +439,14 @@ pub enum Event {
     },
     /// What was written through one daemon was seen through another, and they are not the same process.
     Shared {
+        /// One of them.
+        one: DaemonId,
+        /// The other.
+        other: DaemonId,
+    },
+    /// What was written through one daemon was not seen through another: if they have been [`Event::Shared`], they are
+    /// no longer.
+    Distinct {
         /// One of them.
         one: DaemonId,
         /// The other.

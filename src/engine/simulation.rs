@@ -105,9 +105,10 @@ impl Simulation {
         self.shadow.follow(&event, &effects, &self.engine, self.now);
         for effect in &effects {
             if let Effect::ProbeDeeply { daemon } = effect {
-                let result = match self.below(8) {
+                let result = match self.below(9) {
                     0 => DeepProbe::Failed("no space left on device".into()),
                     1 => DeepProbe::Slow("no answer within 10 s".into()),
+                    2 => DeepProbe::Unreached,
                     _ => DeepProbe::Wrote,
                 };
                 self.late.push(Event::Wrote { daemon: daemon.clone(), result });

@@ -25,6 +25,9 @@ pub enum CallError {
     /// The connection was refused, or the socket does not exist: nobody is there.
     #[error("cannot connect: {0}")]
     Refused(io::Error),
+    /// No connection for another reason: the daemon's backlog is full, the proxy has no more descriptors.
+    #[error("cannot connect: {0}")]
+    Unconnected(io::Error),
     /// No answer within the deadline.
     #[error("no answer within {} ms", .0.as_millis())]
     Timeout(Duration),
@@ -79,7 +82,7 @@ pub async fn send(
         io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound | io::ErrorKind::ConnectionReset => {
             CallError::Refused(e)
         }
-        _ => CallError::Broken(e.to_string()),
+        _ => CallError::Unconnected(e),
     })?;
     let broken = |e: hyper::Error| CallError::Broken(e.to_string());
     let (mut sender, connection) =

@@ -50,6 +50,7 @@ pub(super) async fn probe(pool: &Pool, handle: &Handle) {
         DeepProbe::Failed(_) => "failed",
         DeepProbe::Slow(_) => "slow",
         DeepProbe::Unsupported => "unsupported",
+        DeepProbe::Unreached => "unreached",
     };
     if let DeepProbe::Failed(reason) | DeepProbe::Slow(reason) = &result {
         tracing::warn!(daemon = %handle.id, reason, "the deep probe failed: the daemon cannot write");
@@ -133,10 +134,10 @@ async fn write(pool: &Pool, handle: &Handle) -> Result<Marker, DeepProbe> {
     let failed = |why: String| Err(DeepProbe::Failed(why));
     match tokio::time::timeout(DEADLINE, answer).await {
         Err(_) => Err(DeepProbe::Slow(format!("no answer within {} s", DEADLINE.as_secs()))),
-        // Nobody is there, which the next `/info` finds out.
-        Ok(Err(CallError::Refused(_))) => {
+        // Nobody is there, or nobody can be reached, which the next `/info` finds out.
+        Ok(Err(CallError::Refused(_) | CallError::Unconnected(_))) => {
             handle.wake.notify_one();
-            Err(DeepProbe::Unsupported)
+            Err(DeepProbe::Unreached)
         }
         Ok(Err(error)) => failed(error.to_string()),
         Ok(Ok((401 | 403 | 404 | 405 | 501, _))) => Err(DeepProbe::Unsupported),

@@ -311,7 +311,9 @@ async fn merge(pool: &Arc<Pool>, handle: &Handle, facts: &Facts) {
             Kinship::Shared => {
                 pool.event(Event::Shared { one: handle.id.clone(), other: other.id.clone() });
             }
-            Kinship::Strangers => {}
+            Kinship::Strangers => {
+                pool.event(Event::Distinct { one: handle.id.clone(), other: other.id.clone() });
+            }
             Kinship::Unknown => {
                 unsure = true;
                 tracing::warn!(

@@ -432,3 +432,109 @@ fn a_daemon_of_which_nothing_is_left_has_lost_its_sessions() {
     let began = pool.now;
     assert!(!pool.tell(list(Vec::new(), began)).contains(&Effect::Emptied { daemon }), "once");
 }
+
+#[test]
+fn a_deep_probe_that_reaches_nobody_changes_nothing() {
+    let mut pool = Pool::of(3, 1);
+    pool.wrote("a", DeepProbe::Unreached);
+    assert!(pool.takes("a"));
+    pool.is_full("a");
+    pool.is_full("b");
+    assert!(!pool.takes("a") && pool.takes("b"));
+    for _ in 0..3 {
+        pool.pass(PAUSE * 2);
+        assert!(pool.deep_probes() > 0, "it is asked again soon");
+        pool.wrote("a", DeepProbe::Unreached);
+        pool.wrote("b", DeepProbe::Unreached);
+    }
+    assert!(!pool.takes("a"), "it has not written since");
+    assert_eq!(pool.engine.alarms().len(), 1, "of b, which has not either");
+}
+
+fn configure(pool: &mut Pool, deep_probe_interval: Time) {
+    let config = Config { deep_probe_interval, ..pool.engine.config.clone() };
+    pool.tell(Event::Configured(Box::new(config)));
+}
+
+#[test]
+fn when_deep_probes_are_switched_off_what_they_said_counts_no_more() {
+    let mut pool = Pool::of(3, 4);
+    pool.is_full("a");
+    pool.is_full("b");
+    assert!(!pool.takes("a") && pool.daemon("b").expected_load() > 0);
+    let c = (0..12).find_map(|i| {
+        let (open, daemon) = pool.build(&format!("k{i}"))?;
+        pool.ends(open, Outcome::Erred);
+        (daemon.as_str() == "c").then_some(())
+    });
+    assert!(c.is_some() && pool.daemon("c").expected_load() > 0, "it has answered with errors");
+    configure(&mut pool, Time::ZERO);
+    assert_eq!([pool.daemon("b").expected_load(), pool.daemon("c").expected_load()], [0, 0]);
+    assert!(pool.engine.alarms().is_empty() && pool.daemon("b").reason.is_empty());
+    pool.deep_probes();
+    // One that was under way says something still.
+    pool.is_full("c");
+    for _ in 0..3 {
+        pool.pass(PAUSE);
+        pool.answers("a");
+    }
+    assert!(pool.takes("a") && pool.takes("b") && pool.takes("c"));
+    pool.pass(Time::from_secs(600));
+    assert_eq!(pool.deep_probes(), 0);
+}
+
+#[test]
+fn when_deep_probes_are_switched_on_or_come_more_often_each_daemon_is_asked_within_the_interval() {
+    let mut pool = Pool::of(3, 1);
+    configure(&mut pool, Time::ZERO);
+    pool.pass(Time::from_secs(600));
+    pool.deep_probes();
+    configure(&mut pool, Time::from_secs(3600));
+    configure(&mut pool, Time::from_secs(10));
+    pool.pass(Time::from_secs(10));
+    assert_eq!(pool.deep_probes(), 3);
+}
+
+#[test]
+fn a_suspect_that_comes_back_is_looked_into_at_once() {
+    let mut pool = Pool::of(2, 4);
+    let bad = pool.builds("k1", Time::from_secs(30), Outcome::Erred);
+    let bad = bad.as_str();
+    pool.refuses(bad);
+    pool.wrote(bad, DeepProbe::Unreached);
+    pool.answers(bad);
+    pool.pass(PAUSE);
+    pool.deep_probes();
+    pool.answers(bad);
+    assert!(pool.takes(bad));
+    assert_eq!(pool.deep_probes(), 1);
+    pool.wrote(bad, DeepProbe::Wrote);
+    assert_eq!(pool.daemon(bad).expected_load(), 0);
+}
+
+#[test]
+fn one_that_stays_although_it_cannot_write_is_avoided_and_one_that_writes_late_takes_its_part() {
+    let late = DeepProbe::Slow("no answer within 10 s".into());
+    for (result, waits) in [(DeepProbe::Failed(FULL.into()), true), (late, false)] {
+        let mut pool = Pool::of(3, 1);
+        for id in ["a", "b", "a", "b"] {
+            pool.wrote(id, result.clone());
+        }
+        assert!(!pool.takes("a") && pool.takes("b"), "half of the pool is out");
+        assert_eq!(pool.build("k1").unwrap().1, "c".into(), "the one that is well first");
+        assert_eq!(pool.build("k2").is_none(), waits, "{result:?}");
+    }
+}
+
+#[test]
+fn daemons_that_turn_out_to_share_nothing_are_let_in_again() {
+    let mut pool = Pool::of(3, 1);
+    pool.tell(Event::Shared { one: "a".into(), other: "b".into() });
+    pool.tell(Event::Shared { one: "a".into(), other: "c".into() });
+    pool.tell(Event::Distinct { one: "b".into(), other: "a".into() });
+    assert!(!pool.takes("a") && pool.takes("b") && !pool.takes("c"), "a still shares with c");
+    let effects = pool.tell(Event::Distinct { one: "a".into(), other: "c".into() });
+    assert!(pool.takes("a") && pool.takes("c"));
+    let healthy = |e: &&Effect| matches!(e, Effect::DaemonChanged { health: Health::Healthy, .. });
+    assert_eq!(effects.iter().filter(healthy).count(), 2);
+}

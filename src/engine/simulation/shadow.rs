@@ -152,7 +152,8 @@ impl Shadow {
             Event::Learned { daemon, open, fact } => self.learned(daemon, *open, fact, now),
             Event::Inventory { daemon, began, inventory } => self.listed(daemon, *began, inventory),
             Event::Images { .. } => self.makers.extend(self.builders.iter().cloned()),
-            Event::Timed { .. } | Event::Wrote { .. } | Event::Shared { .. } => {}
+            Event::Timed { .. } | Event::Wrote { .. } => {}
+            Event::Shared { .. } | Event::Distinct { .. } => {}
             Event::Acquire(_) | Event::Abandon(_) | Event::Containers { .. } => {}
             Event::BuildSeen(open) => {
                 if let Some(grant) = self.grants.get_mut(open) {
