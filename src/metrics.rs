@@ -20,6 +20,7 @@ pub struct Metrics {
     daemons: IntGaugeVec,
     daemon_up: IntGaugeVec,
     daemon_cordoned: IntGaugeVec,
+    daemon_refused: IntGaugeVec,
     slots: IntGaugeVec,
     slots_used: IntGaugeVec,
     strangers: IntGaugeVec,
@@ -157,6 +158,11 @@ impl Metrics {
                 "Whether a daemon is cordoned or drained.",
                 &["daemon"],
             )?,
+            daemon_refused: gauges(
+                "dindpool_daemon_refused",
+                "Whether a daemon is refused because it does not belong into this pool: API versions, data root.",
+                &["daemon"],
+            )?,
             slots: gauges("dindpool_slots", "Slots of a daemon.", &["daemon"])?,
             strangers: gauges(
                 "dindpool_daemon_strangers",
@@ -282,6 +288,7 @@ impl Metrics {
         let gauges = [
             &self.daemon_up,
             &self.daemon_cordoned,
+            &self.daemon_refused,
             &self.slots,
             &self.slots_used,
             &self.strangers,
@@ -302,6 +309,7 @@ impl Metrics {
             let id = &[daemon.id.as_str()];
             self.daemon_up.with_label_values(id).set(i64::from(up));
             self.daemon_cordoned.with_label_values(id).set(i64::from(daemon.cordoned));
+            self.daemon_refused.with_label_values(id).set(i64::from(daemon.refused));
             self.slots.with_label_values(id).set(i64::from(daemon.slots));
             self.slots_used.with_label_values(id).set(i64::from(daemon.used));
             self.strangers.with_label_values(id).set(i64::from(daemon.strangers));

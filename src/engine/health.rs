@@ -565,6 +565,9 @@ impl Engine {
                     d.id
                 ));
             }
+            if let Some(misfit) = &d.misfit {
+                alarms.push(format!("daemon {} is refused: {misfit}", d.id));
+            }
             if let Some(failing) = d.vitals.failing.as_ref().filter(|_| d.health == Health::Healthy) {
                 let why = &failing.why;
                 alarms.push(format!("daemon {} {why}; it serves on, because too few are left", d.id));

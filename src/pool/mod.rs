@@ -369,6 +369,7 @@ impl Pool {
                     slots: d.slots,
                     used: d.used,
                     strangers: d.strangers(),
+                    refused: d.refused().is_some(),
                     sessions: d.sessions.len(),
                     open_slots: d.capacity(),
                     back_off: d.back_off().as_secs_f64(),
@@ -531,17 +532,21 @@ impl Pool {
                     "two daemons share one data root, which destroys what is in it: neither gets new sessions"
                 );
             }
-            Effect::DaemonChanged { daemon, state, health, reason } => {
-                let became = match (state, health) {
+            Effect::DaemonChanged { daemon, state: is, health, reason } => {
+                let became = match (is, health) {
                     (engine::model::State::Ready, Health::Ejected) => "ejected",
-                    _ => state_word(state),
+                    _ => state_word(is),
                 };
                 self.metrics.transitions.with_label_values(&[became]).inc();
-                let (state, health) = (state_word(state), health_word(health));
+                let (word, health) = (state_word(is), health_word(health));
+                let misfit = state.engine.daemons().any(|d| d.id == daemon && d.misfit.is_some());
                 if became == "ready" {
-                    tracing::info!(%daemon, state, health, "daemon ready");
+                    tracing::info!(%daemon, state = word, health, "daemon ready");
+                } else if misfit {
+                    // Nothing but a change of the pool ends this, so somebody must hear of it.
+                    tracing::error!(%daemon, state = word, health, reason, "daemon refused");
                 } else {
-                    tracing::warn!(%daemon, state, health, reason, "daemon {became}");
+                    tracing::warn!(%daemon, state = word, health, reason, "daemon {became}");
                 }
             }
         }

@@ -52,6 +52,9 @@ pub struct DaemonStatus {
     /// Compose projects and lone containers that run there without a session of the pool.
     #[serde(default)]
     pub strangers: u32,
+    /// Whether it is well and does not belong into this pool; the reason tells why.
+    #[serde(default)]
+    pub refused: bool,
     /// Sessions with a lease.
     pub sessions: usize,
     /// Slots that are open: fewer than `slots` during a slow start.

@@ -38,31 +38,85 @@ impl Bridge {
 
     /// A TCP port in the i-th namespace that leads to a Unix socket: a daemon on a machine of its own. Its address.
     pub fn node(&self, i: usize, socket: &Path) -> String {
-        let address = format!("{}.{}:2375", self.net, i + 10);
+        let address = format!("{}:2375", self.address(i));
         listen_inside(&format!("/run/netns/{}", self.namespaces[i]), &address, socket);
         address
+    }
+
+    /// The address of the i-th namespace.
+    pub fn address(&self, i: usize) -> String {
+        format!("{}.{}", self.net, i + 10)
+    }
+
+    /// From now on no packet passes between the i-th namespace and the j-th; both go on with all others.
+    pub fn part(&self, i: usize, j: usize) {
+        self.between(i, j, "-A");
+    }
+
+    /// Takes back what [`Bridge::part`] did.
+    pub fn mend(&self, i: usize, j: usize) {
+        self.between(i, j, "-D");
+    }
+
+    fn between(&self, i: usize, j: usize, verb: &str) {
+        let other = self.address(j);
+        self.inside(i, &["iptables", "-w", verb, "INPUT", "-s", &other, "-j", "DROP"]);
+        self.inside(i, &["iptables", "-w", verb, "OUTPUT", "-d", &other, "-j", "DROP"]);
+    }
+
+    /// From now on the i-th namespace's cable loses this part of the packets, and carries this much (as tc(8) says it),
+    /// in each direction. There are kernels without netem, and even without the shaper: whether there is a limit of speed.
+    pub fn worsen(&self, i: usize, loss: f64, rate: &str) -> bool {
+        let lose = ["-m", "statistic", "--mode", "random", "--probability", &loss.to_string(), "-j", "DROP"];
+        for chain in ["INPUT", "OUTPUT"] {
+            self.inside(i, &[&["iptables", "-w", "-A", chain][..], &lose].concat());
+        }
+        let (outer, inner) = self.cable(i);
+        let slow = ["root", "tbf", "rate", rate, "burst", "32kb", "latency", "50ms"];
+        let mut here = Command::new("tc");
+        let mut there = self.enter(i);
+        there.arg("tc");
+        let shaped = |tc: &mut Command, end: &str| {
+            let done = tc.args(["qdisc", "add", "dev", end]).args(slow).output();
+            done.is_ok_and(|done| done.status.success())
+        };
+        shaped(&mut here, &outer) && shaped(&mut there, &inner)
     }
 
     /// From now on no packet reaches the i-th namespace or leaves it, and nobody is told: its machine has gone.
     pub fn lose(&self, i: usize) {
         for chain in ["INPUT", "OUTPUT"] {
-            let net = format!("--net=/run/netns/{}", self.namespaces[i]);
-            let drop = ["iptables", "-w", "-A", chain, "-j", "DROP"];
-            let done = Command::new("nsenter").arg(net).args(drop).status().expect("nsenter");
-            assert!(done.success());
+            self.inside(i, &["iptables", "-w", "-A", chain, "-j", "DROP"]);
         }
+    }
+
+    /// Runs a command, which must succeed, in the network of the i-th namespace.
+    fn inside(&self, i: usize, command: &[&str]) {
+        let done = self.enter(i).args(command).output().expect("nsenter");
+        assert!(done.status.success(), "{command:?}: {}", String::from_utf8_lossy(&done.stderr));
+    }
+
+    fn enter(&self, i: usize) -> Command {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net=/run/netns/{}", self.namespaces[i]));
+        command
+    }
+
+    /// Both ends of the i-th namespace's cable: at the bridge, and inside.
+    fn cable(&self, i: usize) -> (String, String) {
+        (format!("{}n{i}o", self.name), format!("{}n{i}i", self.name))
     }
 
     fn add(&mut self, i: usize) {
         let ns = format!("{}n{i}", self.name);
-        let (outer, inner) = (format!("{ns}o"), format!("{ns}i"));
+        let (outer, inner) = self.cable(i);
         ip_command(&["netns", "add", &ns]);
         self.namespaces.push(ns.clone());
         ip_command(&["link", "add", &outer, "type", "veth", "peer", "name", &inner]);
         ip_command(&["link", "set", &inner, "netns", &ns]);
         ip_command(&["link", "set", &outer, "master", &self.name]);
         ip_command(&["link", "set", &outer, "up"]);
-        let address = format!("{}.{}/24", self.net, i + 10);
+        let address = format!("{}/24", self.address(i));
         ip_command(&["-n", &ns, "addr", "add", &address, "dev", &inner]);
         ip_command(&["-n", &ns, "link", "set", &inner, "up"]);
         ip_command(&["-n", &ns, "link", "set", "lo", "up"]);

@@ -36,6 +36,7 @@ pub struct PoolBuilder {
     tenants: Vec<(String, String)>,
     up: bool,
     early: bool,
+    machine: Option<(String, String)>,
 }
 
 impl Pool {
@@ -45,13 +46,29 @@ impl Pool {
         for path in dockerds {
             args.extend(["--dockerd".into(), path.display().to_string()]);
         }
-        PoolBuilder { command: "up", args, env: roomy(), tenants: Vec::new(), up: true, early: false }
+        PoolBuilder {
+            command: "up",
+            args,
+            env: roomy(),
+            tenants: Vec::new(),
+            up: true,
+            early: false,
+            machine: None,
+        }
     }
 
     /// A proxy in front of daemons that somebody else runs.
     pub fn serve<'a>(daemons: impl IntoIterator<Item = &'a Addr>) -> PoolBuilder {
         let args = daemons.into_iter().flat_map(|addr| ["--daemon".into(), addr.url()]).collect();
-        PoolBuilder { command: "serve", args, env: roomy(), tenants: Vec::new(), up: false, early: false }
+        PoolBuilder {
+            command: "serve",
+            args,
+            env: roomy(),
+            tenants: Vec::new(),
+            up: false,
+            early: false,
+            machine: None,
+        }
     }
 
     /// What `DOCKER_HOST` is to be.
@@ -128,10 +145,27 @@ impl Pool {
 
     /// Resident memory of the proxy, in KiB.
     pub fn rss(&self) -> u64 {
+        self.memory("VmRSS:")
+    }
+
+    /// The most resident memory that the proxy has ever had, in KiB.
+    pub fn peak_rss(&self) -> u64 {
+        self.memory("VmHWM:")
+    }
+
+    fn memory(&self, field: &str) -> u64 {
         let status =
             fs::read_to_string(format!("/proc/{}/status", self.process.id())).expect("the pool lives");
-        let line = status.lines().find(|l| l.starts_with("VmRSS:")).expect("VmRSS");
+        let line = status.lines().find(|l| l.starts_with(field)).expect("a size");
         line.split_whitespace().nth(1).and_then(|n| n.parse().ok()).expect("a number")
+    }
+
+    /// The processor time of the proxy so far.
+    pub fn cpu(&self) -> Duration {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.process.id())).expect("the pool lives");
+        let fields: Vec<&str> = stat.rsplit_once(") ").expect("a name").1.split(' ').collect();
+        let ticks = |n: usize| fields[n].parse::<u64>().expect("ticks");
+        super::millis((ticks(11) + ticks(12)) * 10)
     }
 
     /// How many sockets the proxy has open.
@@ -231,6 +265,12 @@ impl PoolBuilder {
         self
     }
 
+    /// On a machine of its own: in this network namespace, with its listeners at the namespace's address.
+    pub fn on(mut self, namespace: &str, address: &str) -> Self {
+        self.machine = Some((namespace.into(), address.into()));
+        self
+    }
+
     /// `up` counts as started as soon as it listens, whatever its daemons do.
     pub fn early(mut self) -> Self {
         self.early = true;
@@ -245,9 +285,17 @@ impl PoolBuilder {
         let socket = dir.path().join("s");
         let binary =
             std::env::var_os("DINDPOOL_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_dindpool").into());
-        let mut command = Command::new(binary);
-        command.arg(self.command).args(["--admin", "127.0.0.1:0"]);
-        let own = ["tcp://127.0.0.1:0".to_string(), format!("unix://{}", socket.display())];
+        let host = self.machine.as_ref().map_or("127.0.0.1", |(_, address)| address);
+        let mut command = match &self.machine {
+            Some((namespace, _)) => {
+                let mut command = Command::new("nsenter");
+                command.arg(format!("--net=/run/netns/{namespace}")).arg(binary);
+                command
+            }
+            None => Command::new(binary),
+        };
+        command.arg(self.command).args(["--admin", &format!("{host}:0")]);
+        let own = [format!("tcp://{host}:0"), format!("unix://{}", socket.display())];
         if self.tenants.is_empty() {
             command.args(own.iter().flat_map(|address| ["--listen", address]));
         } else {
@@ -292,11 +340,11 @@ impl PoolBuilder {
                 let log = fs::read_to_string(&log).unwrap_or_default();
                 panic!("dindpool {} ended at once ({status}):\n{}", self.command, tail(&log, 60));
             }
-            let tcp = find("listening on tcp://127.0.0.1:")?;
+            let tcp = find(&format!("listening on tcp://{host}:"))?;
             find("listening on unix://")?;
             let admin = find("admin on ")?;
             (!self.up || self.early || find("export DOCKER_HOST=").is_some())
-                .then(|| (Addr::Tcp(format!("127.0.0.1:{tcp}")), Addr::parse(&admin)))
+                .then(|| (Addr::Tcp(format!("{host}:{tcp}")), Addr::parse(&admin)))
         };
         let Some(((tcp, admin), _)) = poll(secs(180), || ready(&mut process)) else {
             let _ = kill(Pid::from_raw(process.id() as i32), Signal::SIGTERM);

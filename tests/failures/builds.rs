@@ -3,13 +3,14 @@ use std::time::Instant;
 
 use crate::common::client::{self, Flavour, Session};
 use crate::common::daemon::{Daemon, processes};
+use crate::common::http::Addr;
 use crate::common::pool::Pool;
 use crate::common::scenarios::Scenarios;
 use crate::common::{parts, say, secs, unique, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-const BUILDERS: [Flavour; 3] = [client::BUILDX_29, client::CLI_28, client::CLI_20_BUILDKIT];
+pub const BUILDERS: [Flavour; 3] = [client::BUILDX_29, client::CLI_28, client::CLI_20_BUILDKIT];
 
 fn start(daemons: usize) -> Result<Pool, String> {
     parts::all(&[
@@ -27,7 +28,7 @@ fn start(daemons: usize) -> Result<Pool, String> {
 /// A build that hangs in a RUN which the whole machine can see.
 pub struct HangingBuild {
     pub job: client::Job,
-    _session: Session,
+    session: Session,
     /// The argument by which the RUN's process is known.
     mark: String,
 }
@@ -38,7 +39,7 @@ impl HangingBuild {
         let mark = format!("7{}", unique().replace('x', "."));
         session.context("ctx", &format!("FROM scratch\nADD rootfs.tar /\nRUN echo begun; sleep {mark}\n"));
         let job = session.start("exec docker build --no-cache --network none ctx");
-        let build = HangingBuild { job, _session: session, mark };
+        let build = HangingBuild { job, session, mark };
         wait_until("the RUN runs", secs(60), || {
             let ended = build.job.output();
             assert!(ended.is_none(), "the build ended: {ended:?}");
@@ -49,6 +50,15 @@ impl HangingBuild {
 
     pub fn runs(&self) -> bool {
         !processes(&self.mark).is_empty()
+    }
+
+    /// The address of the daemon that its session is bound to, as the pool has it.
+    pub fn bound_to(&self, pool: &Pool) -> Addr {
+        let key = format!("posix:{}@", self.session.leader());
+        let sessions = pool.sessions();
+        let own = sessions.iter().find(|s| s["key"].as_str().unwrap().starts_with(&key));
+        let id = own.expect("the build's session")["daemon"].as_str().unwrap().to_owned();
+        pool.daemons().into_iter().find(|d| d.id == id).expect("its daemon").addr
     }
 
     /// The daemon on which it runs: an ancestor of the RUN's process lives in its network namespace.
@@ -76,14 +86,15 @@ fn signal(daemon: &Daemon, signal: Signal) {
 }
 
 /// A container whose output goes on until it is told to stop; each line is the next number.
-struct Counter {
+pub struct Counter {
     session: Session,
     job: client::Job,
-    name: String,
+    /// Its container.
+    pub name: String,
 }
 
 impl Counter {
-    fn start(host: &str) -> Counter {
+    pub fn start(host: &str) -> Counter {
         let (session, name) = (Session::new(host, client::CLI_28), format!("n{}", unique()));
         session.context("ctx", "FROM scratch\nADD rootfs.tar /\n");
         session.ok(&format!("docker build -q -t counter:{name} ctx"));
@@ -94,13 +105,18 @@ impl Counter {
         Counter { session, job, name }
     }
 
-    fn counts(&self) {
+    pub fn counts(&self) {
         let seen = self.job.stdout_len();
         wait_until("it goes on", secs(5), || self.job.stdout_len() > seen);
     }
 
+    /// What its client left, if that has ended.
+    pub fn ended(&self) -> Option<client::Output> {
+        self.job.output()
+    }
+
     /// Ends it, and checks that nothing of it was lost.
-    fn stop(&self, host: &str) {
+    pub fn stop(&self, host: &str) {
         let other = Session::new(host, client::CLI_28);
         other.ok(&format!("docker exec {} touch /stop", self.name));
         self.check();
@@ -117,7 +133,7 @@ impl Counter {
 }
 
 /// Builds and runs something in a new session.
-fn works(pool: &Pool, flavour: Flavour) {
+pub fn works(pool: &Pool, flavour: Flavour) {
     let (t, mark) = (Session::new(&pool.host(), flavour), unique());
     t.context("ctx", "FROM scratch\nADD rootfs.tar /\nARG MARK\nRUN echo $MARK >/mark\n");
     t.ok(&format!("docker build -q --network none --build-arg MARK={mark} -t works:{mark} ctx"));
@@ -195,7 +211,7 @@ fn row_01_a_daemon_killed_in_mid_build_fails_its_client_within_a_second(pool: &P
     works(pool, flavour);
 }
 
-fn last_line(text: &str) -> &str {
+pub fn last_line(text: &str) -> &str {
     text.lines().rfind(|l| !l.trim().is_empty()).unwrap_or_default()
 }
 

@@ -3,7 +3,8 @@
 //! `--network none`.
 
 use std::fs::{self, File};
-use std::os::unix::process::CommandExt;
+use std::io::Write;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -34,7 +35,7 @@ impl Tmpfs {
     pub fn fill(&self) {
         let mut file = File::create(self.filler()).unwrap();
         for size in [64 << 10, 512] {
-            while std::io::Write::write_all(&mut file, &vec![b'x'; size]).is_ok() {}
+            while file.write_all(&vec![b'x'; size]).is_ok() {}
         }
     }
 
@@ -54,13 +55,91 @@ impl Drop for Tmpfs {
     }
 }
 
+/// How much memory a dockerd and what it starts may use: a memory cgroup, of either version. The containers are not in
+/// it, they get cgroups of their own beside it.
+pub struct MemoryLimit {
+    dir: PathBuf,
+    unified: bool,
+}
+
+impl MemoryLimit {
+    /// One without a limit yet, or why there cannot be one here.
+    pub fn new() -> Result<MemoryLimit, String> {
+        crate::common::root()?;
+        let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+        let hierarchies = mounts.lines().filter_map(|line| {
+            let fields: Vec<&str> = line.split(' ').collect();
+            let (at, options) = (Path::new(fields[1]), fields[3]);
+            match fields[2] {
+                "cgroup" if options.split(',').any(|o| o == "memory") => Some((at.to_path_buf(), false)),
+                "cgroup2" => {
+                    let _ = fs::write(at.join("cgroup.subtree_control"), "+memory");
+                    let given = fs::read_to_string(at.join("cgroup.subtree_control")).unwrap_or_default();
+                    given.split_whitespace().any(|c| c == "memory").then(|| (at.to_path_buf(), true))
+                }
+                _ => None,
+            }
+        });
+        for (root, unified) in hierarchies {
+            let dir = root.join(format!("dp{}", crate::common::unique()));
+            if fs::create_dir(&dir).is_ok() {
+                return Ok(MemoryLimit { dir, unified });
+            }
+        }
+        Err("there is no memory cgroup that can be written to".into())
+    }
+
+    fn number(&self, file: &str) -> u64 {
+        fs::read_to_string(self.dir.join(file)).unwrap().trim().parse().unwrap()
+    }
+
+    /// From now on there is room for this much more.
+    pub fn leave(&self, more: u64) {
+        let (used, limit) = if self.unified {
+            ("memory.current", "memory.max")
+        } else {
+            ("memory.usage_in_bytes", "memory.limit_in_bytes")
+        };
+        let bytes = self.number(used) + more;
+        fs::write(self.dir.join(limit), bytes.to_string()).unwrap();
+    }
+
+    /// Takes the limit away.
+    pub fn lift(&self) {
+        let (file, all) = if self.unified { ("memory.max", "max") } else { ("memory.limit_in_bytes", "-1") };
+        fs::write(self.dir.join(file), all).unwrap();
+    }
+
+    /// How many processes the kernel has killed for want of memory.
+    pub fn kills(&self) -> u64 {
+        let file = if self.unified { "memory.events" } else { "memory.oom_control" };
+        let text = fs::read_to_string(self.dir.join(file)).unwrap();
+        let line = text.lines().find_map(|l| l.strip_prefix("oom_kill "));
+        line.expect("a count of OOM kills").parse().unwrap()
+    }
+}
+
+impl Drop for MemoryLimit {
+    fn drop(&mut self) {
+        // Killed processes are in it until they are reaped, which init may do a moment later.
+        poll(secs(5), || fs::remove_dir(&self.dir).ok());
+    }
+}
+
+/// How a dockerd is started, again and again.
+struct Setup {
+    binary: PathBuf,
+    data: PathBuf,
+    locks: bool,
+    env: Vec<(String, String)>,
+    cgroup: Option<PathBuf>,
+}
+
 /// A running dockerd.
 pub struct Dockerd {
     child: Child,
     dir: tempfile::TempDir,
-    binary: PathBuf,
-    data: PathBuf,
-    locks: bool,
+    setup: Setup,
     /// Its socket.
     pub addr: Addr,
 }
@@ -68,22 +147,31 @@ pub struct Dockerd {
 impl Dockerd {
     /// One of this version on this data root.
     pub fn start(version: &str, data: &Path) -> Dockerd {
-        Self::with(version, data, true)
+        Self::of(Setup::new(version, data))
     }
 
     /// One on a file system whose locks keep nobody out (some network file systems): `flock` succeeds without
     /// locking, for it and for its containerd. With locks, no dockerd from 20.10 to 29 starts on a data root that
     /// another one has.
     pub fn without_locks(version: &str, data: &Path) -> Dockerd {
-        Self::with(version, data, false)
+        Self::of(Setup { locks: false, ..Setup::new(version, data) })
     }
 
-    fn with(version: &str, data: &Path, locks: bool) -> Dockerd {
+    /// One with this variable in its environment.
+    pub fn with_env(version: &str, data: &Path, name: &str, value: &str) -> Dockerd {
+        Self::of(Setup { env: vec![(name.into(), value.into())], ..Setup::new(version, data) })
+    }
+
+    /// One whose memory is limited.
+    pub fn within(version: &str, data: &Path, limit: &MemoryLimit) -> Dockerd {
+        Self::of(Setup { cgroup: Some(limit.dir.clone()), ..Setup::new(version, data) })
+    }
+
+    fn of(setup: Setup) -> Dockerd {
         let dir = short_dir();
-        let binary = parts::dockerd(version).unwrap();
         let addr = Addr::Unix(dir.path().join("s"));
-        let child = launch(&binary, dir.path(), data, locks);
-        let daemon = Dockerd { child, dir, binary, data: data.to_path_buf(), locks, addr };
+        let child = setup.launch(dir.path());
+        let daemon = Dockerd { child, dir, setup, addr };
         daemon.wait();
         daemon
     }
@@ -92,12 +180,17 @@ impl Dockerd {
         let answers = || http::try_request(&self.addr, "GET", "/_ping", None).is_ok();
         if poll(secs(60), || answers().then_some(())).is_none() {
             let log = fs::read_to_string(self.dir.path().join("log")).unwrap_or_default();
-            panic!("{} does not serve:\n{}", self.binary.display(), tail(&log, 20));
+            panic!("{} does not serve:\n{}", self.setup.binary.display(), tail(&log, 20));
         }
     }
 
     pub fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
+    }
+
+    /// The signal that it died of, once it has died of one.
+    pub fn died_of(&mut self) -> Option<i32> {
+        self.child.try_wait().unwrap().and_then(|status| status.signal())
     }
 
     /// Ends it, and everything that it started.
@@ -118,7 +211,7 @@ impl Dockerd {
     /// Starts it again, on what is in its data root now.
     pub fn restart(&mut self) {
         self.stop();
-        self.child = launch(&self.binary, self.dir.path(), &self.data, self.locks);
+        self.child = self.setup.launch(self.dir.path());
         self.wait();
     }
 }
@@ -130,32 +223,47 @@ impl Drop for Dockerd {
     }
 }
 
-fn launch(binary: &Path, dir: &Path, data: &Path, locks: bool) -> Child {
-    let path = format!("{}:{}", binary.parent().unwrap().display(), std::env::var("PATH").unwrap());
-    let mut command = Command::new(binary);
-    command
-        .args(["--bridge", "none", "--iptables=false"])
-        .arg("--data-root")
-        .arg(data)
-        .arg("--exec-root")
-        .arg(dir.join("x"))
-        .arg("--pidfile")
-        .arg(dir.join("pid"))
-        .arg("--host")
-        .arg(format!("unix://{}", dir.join("s").display()))
-        .env("PATH", path)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(File::create(dir.join("log")).unwrap());
-    let locks_off = move || if locks { Ok(()) } else { unlock() };
-    // SAFETY: between fork and exec only setsid and prctl are called, on memory of this frame.
-    unsafe {
-        command.pre_exec(move || {
-            libc::setsid();
-            locks_off()
-        });
+impl Setup {
+    fn new(version: &str, data: &Path) -> Setup {
+        let binary = parts::dockerd(version).unwrap();
+        Setup { binary, data: data.into(), locks: true, env: Vec::new(), cgroup: None }
     }
-    command.spawn().unwrap()
+
+    fn launch(&self, dir: &Path) -> Child {
+        let path = format!("{}:{}", self.binary.parent().unwrap().display(), std::env::var("PATH").unwrap());
+        let mut command = Command::new(&self.binary);
+        command
+            .args(["--bridge", "none", "--iptables=false"])
+            .arg("--data-root")
+            .arg(&self.data)
+            .arg("--exec-root")
+            .arg(dir.join("x"))
+            .arg("--pidfile")
+            .arg(dir.join("pid"))
+            .arg("--host")
+            .arg(format!("unix://{}", dir.join("s").display()))
+            .env("PATH", path)
+            .envs(self.env.iter().cloned())
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(File::create(dir.join("log")).unwrap());
+        let locks = self.locks;
+        let members = self
+            .cgroup
+            .as_ref()
+            .map(|dir| fs::OpenOptions::new().write(true).open(dir.join("cgroup.procs")).unwrap());
+        // SAFETY: between fork and exec only setsid, write and prctl are called, on memory of this frame.
+        unsafe {
+            command.pre_exec(move || {
+                libc::setsid();
+                if let Some(mut members) = members.as_ref() {
+                    members.write_all(b"0")?; // whoever writes it
+                }
+                if locks { Ok(()) } else { unlock() }
+            });
+        }
+        command.spawn().unwrap()
+    }
 }
 
 /// From here on `flock` does nothing and succeeds: a seccomp filter of four instructions (load the call's number;

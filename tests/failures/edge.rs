@@ -1,6 +1,6 @@
 //! The proxy's own bad day: too many connections, clients that trickle or go silent, daemons that answer nothing.
 use std::io::Write;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::common::client::{self, Session};
 use crate::common::fake_daemon::FakeDaemon;
@@ -187,9 +187,9 @@ fn row_24_without_a_descriptor_left_clients_are_closed_and_nothing_spins() {
     let many: Vec<Conn> = (0..200).map(|_| Conn::connect(&pool.tcp)).collect();
     let closed = || many.iter().filter(|c| is_closed(c)).count();
     wait_until("those without a descriptor are closed", secs(10), || closed() >= 150);
-    let before = cpu(pool.pid());
+    let before = pool.cpu();
     holds_for("it lives", secs(1), || std::fs::metadata(format!("/proc/{}", pool.pid())).is_ok());
-    let used = cpu(pool.pid()) - before;
+    let used = pool.cpu() - before;
     assert!(used < millis(500), "{used:?} of processor time in an idle second");
     limit(4096);
     drop(many);
@@ -210,14 +210,6 @@ fn is_closed(conn: &Conn) -> bool {
     };
     stream.set_nonblocking(false).unwrap();
     closed
-}
-
-/// The processor time of a process so far.
-fn cpu(pid: u32) -> Duration {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-    let fields: Vec<&str> = stat.rsplit_once(") ").unwrap().1.split(' ').collect();
-    let ticks: u64 = fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap();
-    millis(ticks * 10)
 }
 
 #[test]

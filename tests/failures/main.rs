@@ -2,15 +2,19 @@
 //! wherever the row can be made to happen to one.
 #![allow(clippy::unwrap_used, reason = "a test that panics has failed, and says where")]
 
+mod bomb;
 mod builds;
 mod dockerd;
 mod drain;
 mod edge;
 mod health;
+mod links;
+mod memory;
 mod network;
 mod queueing;
 mod records;
 mod restart;
+mod versions;
 
 #[path = "../common/mod.rs"]
 mod common;
