@@ -99,9 +99,7 @@ impl Engine {
                 self.end_lease(key, now, false);
                 self.settle(key, now);
             }
-            // Cheap first: as long as anybody works there, nothing else needs to be looked at.
-            let leased = self.daemons.get(&daemon).is_some_and(|d| !d.sessions.is_empty());
-            if !leased && self.work_on(&daemon).is_empty() {
+            if !self.has_work(&daemon) {
                 self.drained(&daemon, Vec::new());
             }
         }
@@ -129,6 +127,17 @@ impl Engine {
             cordon.drain = Some(Drain::Done(drained.clone()));
         }
         self.effects.push(Effect::Drained { daemon: daemon.clone(), drained });
+    }
+
+    /// Whether [`Engine::work_on`] has anything to tell. Asked after every event while a daemon drains: what is counted
+    /// comes first, and as long as anybody works there nothing else is looked at.
+    pub(super) fn has_work(&self, daemon: &DaemonId) -> bool {
+        let Some(d) = self.daemons.get(daemon) else { return false };
+        let counted = !d.sessions.is_empty() || d.open > 0 || d.used > 0 || d.strangers() > 0;
+        let runs = |(kind, id, object): (Kind, &str, &Object)| {
+            kind == Kind::Container && object.live && !d.strangers.suspects(id)
+        };
+        counted || self.objects.on(daemon).any(runs) || !self.waits_for(daemon).is_empty()
     }
 
     /// The work that is under way on a daemon or waits for it, by session.

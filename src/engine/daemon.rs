@@ -24,6 +24,8 @@ pub struct Daemon {
     pub slots: u32,
     /// Slots in use. May exceed `slots`: a full pool shares its least loaded daemon.
     pub used: u32,
+    /// Requests and streams that are open here.
+    pub(super) open: u32,
     /// Sessions with a lease here.
     pub sessions: BTreeSet<SessionKey>,
     /// Why it is refused, if its API range does not meet the others'.
@@ -58,6 +60,7 @@ impl Daemon {
             facts: None,
             slots: slots.unwrap_or(1),
             used: 0,
+            open: 0,
             sessions: BTreeSet::new(),
             misfit: None,
             cordon: None,

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use super::model::{DaemonId, SessionKey};
-use super::session::Session;
+use super::session::{Held, Session};
 use super::{Engine, Timer, Unit};
 
 #[derive(Default)]
@@ -36,6 +36,8 @@ impl Engine {
                 );
             }
         }
+        self.check_counters();
+        self.check_queue();
         let none = Counts::default();
         for (key, session) in &self.sessions {
             self.check_session(key, session, counts.get(key).unwrap_or(&none));
@@ -93,6 +95,22 @@ impl Engine {
         );
     }
 
+    /// What is counted as it changes, counted anew.
+    fn check_counters(&self) {
+        let mut open: BTreeMap<&DaemonId, u32> = BTreeMap::new();
+        self.opens.values().filter(|o| !o.orphan).for_each(|o| *open.entry(&o.daemon).or_default() += 1);
+        for daemon in self.daemons.values() {
+            assert_eq!(daemon.open, open.remove(&daemon.id).unwrap_or(0), "open requests on {}", daemon.id);
+        }
+        assert!(open.is_empty(), "open on daemons that are not there: {open:?}");
+        let mut held = Held::default();
+        for session in self.sessions.values() {
+            let before = held.by(&session.tenant);
+            held.change(&session.tenant, before, before + session.slots);
+        }
+        assert_eq!(self.held, held, "slots of tenants");
+    }
+
     fn check_daemons(&self) {
         let mut counts: BTreeMap<&DaemonId, (u32, usize)> = BTreeMap::new();
         for (key, session) in &self.sessions {
@@ -111,6 +129,10 @@ impl Engine {
             let (used, leases) = counts.remove(&daemon.id).unwrap_or_default();
             assert_eq!(daemon.used, used, "slots in use on {}", daemon.id);
             assert_eq!(daemon.sessions.len(), leases, "leases on {}", daemon.id);
+            if self.draining.contains(&daemon.id) {
+                let work = leases > 0 || !self.work_on(&daemon.id).is_empty();
+                assert_eq!(self.has_work(&daemon.id), work, "work on {}", daemon.id);
+            }
         }
         assert!(counts.is_empty(), "on daemons that are not there: {counts:?}");
     }

@@ -129,6 +129,7 @@ impl Engine {
         if let Some(d) = self.daemons.get_mut(daemon) {
             d.builders = Builders::default();
             d.strangers = Strangers::default();
+            d.open = 0;
         }
         for open in self.opens.values_mut().filter(|o| o.daemon == *daemon) {
             (open.builds, open.orphan) = (false, true);

@@ -102,6 +102,10 @@ impl Default for Config {
     }
 }
 
+/// Between two times at which it is told that nobody attends a session's containers: stopping them may have failed, or
+/// was not wanted the time before.
+const OVERDUE_AGAIN: Time = Time::from_secs(3600);
+
 /// How an open request counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Unit {
@@ -171,6 +175,7 @@ pub struct Engine {
     images: Images,
     timers: BTreeSet<(Time, Timer)>,
     queue: queue::Queue,
+    held: session::Held,
     warm: warm::Warm,
     range: Option<(ApiVersion, ApiVersion)>,
     /// Collected while one event is handled.
@@ -194,6 +199,7 @@ impl Engine {
             images: Images::default(),
             timers: BTreeSet::new(),
             queue: queue::Queue::default(),
+            held: session::Held::default(),
             warm: warm::Warm::default(),
             range: None,
             effects: Vec::new(),
@@ -375,6 +381,9 @@ impl Engine {
             orphan: false,
         };
         self.opens.insert(open, known);
+        if let Some(d) = self.daemons.get_mut(&daemon) {
+            d.open += 1;
+        }
         self.effects.push(Effect::Granted { request, open, daemon, lease, fresh });
     }
 
@@ -459,6 +468,7 @@ impl Engine {
             d.used -= slots;
             d.sessions.remove(key);
         }
+        self.held.change(&session.tenant, slots, 0);
         self.queue.changed = true;
         for group in groups {
             if let Some(siblings) = self.sources.get_mut(&group) {
@@ -476,6 +486,9 @@ impl Engine {
         let Some(gone) = self.opens.remove(&open) else { return };
         if let Some(uuid) = &gone.uuid {
             self.objects.let_go(&gone.daemon, Kind::BuildSession, uuid);
+        }
+        if let Some(d) = self.daemons.get_mut(&gone.daemon).filter(|_| !gone.orphan) {
+            d.open -= 1;
         }
         let unreached = outcome == Outcome::Unreached;
         if gone.builds
@@ -502,7 +515,9 @@ impl Engine {
             self.prove(&gone);
         }
         self.settle(&gone.key, now);
-        if unreached {
+        if gone.orphan {
+            // What is at that name now is another daemon.
+        } else if unreached {
             let probe = Probe::Refused("connection refused".into());
             self.probed(&gone.daemon, probe, now);
         } else {
@@ -512,7 +527,7 @@ impl Engine {
 
     /// What the end of a request says about its daemon's health.
     fn judge(&mut self, gone: &Open, outcome: Outcome, now: Time) {
-        let Some(work) = gone.work.filter(|_| !gone.orphan) else { return };
+        let Some(work) = gone.work else { return };
         let erred = outcome == Outcome::Erred;
         // A container, a network and a BuildKit client that only lists workers are done at once when all is well.
         let lasts = gone.unit == Unit::Build || matches!(work, Work::Build | Work::Load | Work::Pull);
@@ -567,7 +582,7 @@ impl Engine {
         session.idle = if session.busy() { None } else { session.idle.or(Some(now)) };
         session.unattended =
             if session.has_only_containers() { session.unattended.or(Some(now)) } else { None };
-        session.overdue &= session.unattended.is_some();
+        session.overdue = session.overdue.filter(|_| session.unattended.is_some());
         if let Some(home) = session.home.clone().filter(|h| h.lease.is_some()) {
             let mut slots = session.wants();
             if slots > 0 {
@@ -585,6 +600,7 @@ impl Engine {
                 if let Some(daemon) = self.daemons.get_mut(&home.daemon) {
                     daemon.used = daemon.used + slots - session.slots;
                 }
+                self.held.change(&session.tenant, session.slots, slots);
                 session.slots = slots;
             }
         }
@@ -602,11 +618,16 @@ impl Engine {
 
     /// When the next thing of a session's runs out.
     fn due(session: &Session, config: &Config) -> Option<Time> {
-        let overdue = session.unattended.filter(|_| !session.overdue).map(|at| at + config.container_lease);
-        match (overdue, Self::ends(session, config)) {
+        match (Self::overdue(session, config), Self::ends(session, config)) {
             (Some(a), Some(b)) => Some(a.min(b)),
             (a, b) => a.or(b),
         }
+    }
+
+    /// When it is next to be told that nobody attends its containers.
+    fn overdue(session: &Session, config: &Config) -> Option<Time> {
+        let unattended = session.unattended?;
+        Some(session.overdue.map_or(unattended + config.container_lease, |told| told + OVERDUE_AGAIN))
     }
 
     /// When its linger, its lease or its memory ends.
@@ -661,10 +682,10 @@ impl Engine {
             self.settle(key, now);
             return;
         }
-        if session.unattended.is_some_and(|at| !session.overdue && at + self.config.container_lease <= now) {
-            session.overdue = true;
+        if Self::overdue(session, &self.config).is_some_and(|at| at <= now) {
+            let again = session.overdue.replace(now).is_some();
             let containers = session.containers();
-            self.effects.push(Effect::Overdue { key: key.clone(), containers });
+            self.effects.push(Effect::Overdue { key: key.clone(), containers, again });
             self.settle(key, now);
             return;
         }

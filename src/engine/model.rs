@@ -606,6 +606,8 @@ pub enum Effect {
         key: SessionKey,
         /// Where they run, and their ids.
         containers: Vec<(DaemonId, String)>,
+        /// Whether it was told before.
+        again: bool,
     },
     /// A daemon takes no new sessions from now on.
     Cordoned {

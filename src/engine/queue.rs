@@ -26,6 +26,17 @@ const WINDOW: usize = 64;
 struct Ticket {
     acquire: Acquire,
     since: Time,
+    /// The end of the longest wait.
+    until: Time,
+    /// When it has waited long enough for a daemon that has built its project.
+    cold: Option<Time>,
+}
+
+/// A `/session` that waits for its build.
+#[derive(Debug, Clone)]
+struct Join {
+    acquire: Acquire,
+    until: Time,
 }
 
 /// The waiting sessions of one tenant.
@@ -46,7 +57,7 @@ pub(super) struct Queue {
     /// Tenants, the next to be served in front.
     ring: VecDeque<Tenant>,
     /// `/session` of builds that wait: they wait with them.
-    joins: BTreeMap<RequestId, Acquire>,
+    joins: BTreeMap<RequestId, Join>,
     /// Which daemons the builds of known projects wait for.
     pub(super) preferences: Preferences,
     /// Whether anything has happened that may let somebody in.
@@ -54,9 +65,10 @@ pub(super) struct Queue {
 }
 
 impl Queue {
-    fn push(&mut self, acquire: Acquire, now: Time) {
-        let (tenant, key, request) = (acquire.tenant.clone(), acquire.key.clone(), acquire.request);
-        self.tickets.insert(request, Ticket { acquire, since: now });
+    fn push(&mut self, ticket: Ticket) {
+        let Acquire { tenant, key, request, .. } = &ticket.acquire;
+        let (tenant, key, request) = (tenant.clone(), key.clone(), *request);
+        self.tickets.insert(request, ticket);
         if !self.ring.contains(&tenant) {
             self.ring.push_back(tenant.clone());
         }
@@ -171,9 +183,17 @@ impl Engine {
 
     /// Where a ticket stands: its position from 1, and how many wait. `None` if it does not wait.
     pub fn position(&self, request: RequestId) -> Option<(usize, usize)> {
+        if !self.waits(request) {
+            return None;
+        }
         let order = self.queue.order();
         let position = order.iter().position(|r| *r == request)?;
         Some((position + 1, order.len()))
+    }
+
+    /// Whether a ticket waits.
+    pub fn waits(&self, request: RequestId) -> bool {
+        self.queue.tickets.contains_key(&request)
     }
 
     /// Whether nobody can join the queue.
@@ -219,7 +239,7 @@ impl Engine {
                 return;
             }
             self.timers.insert((until, Timer::Ticket(request)));
-            self.queue.joins.insert(request, acquire);
+            self.queue.joins.insert(request, Join { acquire, until });
             return;
         }
         if let Some(message) = self.full_for(&acquire.tenant) {
@@ -230,20 +250,59 @@ impl Engine {
         }
         self.timers.insert((until, Timer::Ticket(request)));
         let (key, tenant) = (acquire.key.clone(), acquire.tenant.clone());
-        if let (Some(project), Placement::Bind(daemon)) = (&acquire.requirements.project, placement) {
-            self.queue.preferences.set(request, project, daemon);
-            self.timers.insert((now + self.config.warm_wait, Timer::Warm(request)));
+        let mut cold = None;
+        if let Some(project) = &acquire.requirements.project {
+            if let Placement::Bind(daemon) = placement {
+                self.queue.preferences.set(request, project, daemon);
+            }
+            let at = now + self.config.warm_wait;
+            self.timers.insert((at, Timer::Warm(request)));
+            cold = Some(at);
         }
-        self.queue.push(acquire, now);
+        self.queue.push(Ticket { acquire, since: now, until, cold });
         self.queue.changed = true;
         self.effects.push(Effect::Queued { request, key, tenant });
     }
 
+    /// Takes a ticket out of the queue, and its timers along.
+    fn take_ticket(&mut self, request: RequestId, served: bool) -> Option<Ticket> {
+        let ticket = self.queue.remove(request, served)?;
+        self.timers.remove(&(ticket.until, Timer::Ticket(request)));
+        if let Some(at) = ticket.cold {
+            self.timers.remove(&(at, Timer::Warm(request)));
+        }
+        self.queue.changed |= !served;
+        Some(ticket)
+    }
+
+    /// The same for a `/session`.
+    fn take_join(&mut self, request: RequestId) {
+        if let Some(join) = self.queue.joins.remove(&request) {
+            self.timers.remove(&(join.until, Timer::Ticket(request)));
+        }
+    }
+
+    /// Every timer of the queue is somebody's who waits.
+    ///
+    /// # Panics
+    /// When one is not.
+    pub(super) fn check_queue(&self) {
+        for (at, timer) in &self.timers {
+            let (Timer::Ticket(request) | Timer::Warm(request)) = timer else { continue };
+            let ticket = self.queue.tickets.get(request);
+            let join = self.queue.joins.get(request).map(|join| join.until);
+            let due = match timer {
+                Timer::Warm(_) => ticket.and_then(|t| t.cold),
+                _ => ticket.map(|t| t.until).or(join),
+            };
+            assert_eq!(due, Some(*at), "a timer of {request:?}");
+        }
+    }
+
     /// The client of a waiting request has gone.
     pub(super) fn abandon(&mut self, request: RequestId) {
-        self.queue.joins.remove(&request);
-        if let Some(ticket) = self.queue.remove(request, false) {
-            self.queue.changed = true;
+        self.take_join(request);
+        if let Some(ticket) = self.take_ticket(request, false) {
             let message = "the build that this session belongs to has left the queue".to_string();
             self.refuse_joins(&ticket.acquire, &Refusal::QueueFull(message));
         }
@@ -257,11 +316,11 @@ impl Engine {
             join.key == build.key || uuid(join).is_some_and(|join| uuid(build) == Some(join))
         };
         let orphans: Vec<RequestId> = (self.queue.joins.iter())
-            .filter(|(_, join)| of_build(join) && !self.waits_with_build(join))
+            .filter(|(_, join)| of_build(&join.acquire) && !self.waits_with_build(&join.acquire))
             .map(|(request, _)| *request)
             .collect();
         for request in orphans {
-            self.queue.joins.remove(&request);
+            self.take_join(request);
             self.effects.push(Effect::Refused { request, refusal: refusal.clone() });
         }
     }
@@ -308,17 +367,16 @@ impl Engine {
 
     pub(super) fn ticket_due(&mut self, request: RequestId, now: Time) {
         if let Some(join) = self.queue.joins.get(&request) {
-            if self.waits_with_build(join) {
+            if self.waits_with_build(&join.acquire) {
                 return; // What becomes of its build becomes of it.
             }
-            self.queue.joins.remove(&request);
+            self.take_join(request);
             let message = "no build that belongs to this session got a slot".to_string();
             self.effects.push(Effect::Refused { request, refusal: Refusal::QueueFull(message) });
             return;
         }
         let place = self.position(request);
-        let Some(ticket) = self.queue.remove(request, false) else { return };
-        self.queue.changed = true;
+        let Some(ticket) = self.take_ticket(request, false) else { return };
         let waited = now.saturating_sub(ticket.since).as_secs();
         let (position, of) = place.unwrap_or_default();
         let message = format!(
@@ -338,8 +396,7 @@ impl Engine {
 
     /// Refuses one that waits, and what waits with it.
     pub(super) fn refuse_ticket(&mut self, request: RequestId, refusal: &Refusal) {
-        let Some(ticket) = self.queue.remove(request, false) else { return };
-        self.queue.changed = true;
+        let Some(ticket) = self.take_ticket(request, false) else { return };
         self.effects.push(Effect::Refused { request, refusal: refusal.clone() });
         self.refuse_joins(&ticket.acquire, refusal);
     }
@@ -354,11 +411,11 @@ impl Engine {
         let refusal = self.why_nobody(None);
         let joins: Vec<RequestId> = self.queue.joins.keys().copied().collect();
         for request in self.queue.order() {
-            self.queue.remove(request, false);
+            self.take_ticket(request, false);
             self.effects.push(Effect::Refused { request, refusal: refusal.clone() });
         }
         for request in joins {
-            self.queue.joins.remove(&request);
+            self.take_join(request);
             self.effects.push(Effect::Refused { request, refusal: refusal.clone() });
         }
     }
@@ -371,10 +428,10 @@ impl Engine {
         while self.admit_one(now) {}
         let joins: Vec<RequestId> = self.queue.joins.keys().copied().collect();
         for request in joins {
-            let Some(acquire) = self.queue.joins.get(&request).cloned() else { continue };
+            let Some(Join { acquire, .. }) = self.queue.joins.get(&request).cloned() else { continue };
             let placement = self.place(&acquire);
             if !self.must_wait(&acquire, &placement) {
-                self.queue.joins.remove(&request);
+                self.take_join(request);
                 self.grant(acquire, placement, now);
             }
         }
@@ -451,15 +508,14 @@ impl Engine {
     /// Whether a ticket that belongs to no session's daemon has waited long enough for a warm one, and could do with
     /// any other: `/session` of its build, or something that it needs, may have led it to one.
     fn may_be_cold(&self, request: RequestId, now: Time) -> bool {
-        let Some(Ticket { acquire, since }) = self.queue.tickets.get(&request) else { return false };
-        acquire.requirements.project.is_some()
-            && *since + self.config.warm_wait <= now
+        let Some(Ticket { acquire, cold, .. }) = self.queue.tickets.get(&request) else { return false };
+        cold.is_some_and(|at| at <= now)
             && !(acquire.is_led() && (self.is_somewhere(acquire) || self.is_limited(acquire)))
     }
 
     /// A ticket's wait is over.
     fn serve(&mut self, request: RequestId, bound: bool, placement: Placement, now: Time) {
-        let Some(Ticket { acquire, since }) = self.queue.remove(request, true) else { return };
+        let Some(Ticket { acquire, since, .. }) = self.take_ticket(request, true) else { return };
         let tenant = acquire.tenant.clone();
         if let Some(line) = self.queue.lines.get_mut(&tenant) {
             line.streak = if bound { line.streak + 1 } else { 0 };
@@ -491,9 +547,7 @@ impl Engine {
     }
 
     fn tenant_is_full(&self, tenant: &Tenant) -> bool {
-        let Some(limit) = self.config.tenant_slots else { return false };
-        let used: u32 = self.sessions.values().filter(|s| s.tenant == *tenant).map(|s| s.slots).sum();
-        used >= limit
+        self.config.tenant_slots.is_some_and(|limit| self.held.by(tenant) >= limit)
     }
 
     /// Whether a daemon is on its way: then work waits for it instead of being refused.
@@ -742,6 +796,34 @@ mod tests {
         assert!(pool.waits(second) && !pool.waits(other));
         pool.end(first);
         assert!(!pool.waits(second));
+        // What goes with a daemon is held no more.
+        let third = pool.build("red", "r3");
+        assert!(pool.waits(third));
+        let lost = pool.granted[&second].1.clone();
+        pool.tell(Event::Replaced { daemon: lost });
+        assert!(!pool.waits(third));
+    }
+
+    #[test]
+    fn who_leaves_the_queue_takes_its_timers_along() {
+        let mut pool = Pool::of(&["a"], Config { linger: Time::ZERO, ..config() });
+        let first = project(&mut pool, "1", "app");
+        let timers = |pool: &Pool| {
+            let of_queue = |t: &Timer| matches!(t, Timer::Ticket(_) | Timer::Warm(_));
+            pool.engine.timers.iter().filter(|(_, t)| of_queue(t)).count()
+        };
+        let (served, gone) = (project(&mut pool, "2", "app"), project(&mut pool, "3", "app"));
+        let build = pool.ask("t", "4", Class::Work(Work::Build), Some("uuid"));
+        let session = pool.ask("t", "4", Class::Join, Some("uuid"));
+        assert!([served, gone, build, session].iter().all(|r| pool.waits(*r)));
+        assert_eq!(timers(&pool), 6);
+        pool.tell(Event::Abandon(gone));
+        assert_eq!(timers(&pool), 4);
+        pool.end(first);
+        assert_eq!(timers(&pool), 2);
+        pool.tell(Event::Abandon(build));
+        assert!(pool.refused.contains_key(&session) && !pool.waits(served));
+        assert_eq!(timers(&pool), 0);
     }
 
     #[test]

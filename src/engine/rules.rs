@@ -1202,7 +1202,7 @@ fn of_too_many_sessions_those_that_are_only_remembered_are_forgotten_the_oldest_
 }
 
 #[test]
-fn containers_that_nobody_attends_are_reported_once_and_keep_their_slot() {
+fn containers_that_nobody_attends_are_reported_each_hour_and_keep_their_slot() {
     let mut pool = Pool::of(1);
     let overdue = |pool: &Pool| pool.told.iter().filter(|e| matches!(e, Effect::Overdue { .. })).count();
     let grant = pool.grant(create("k", "alpine"));
@@ -1220,13 +1220,24 @@ fn containers_that_nobody_attends_are_reported_once_and_keep_their_slot() {
     pool.pass(1);
     assert_eq!(
         pool.told.last(),
-        Some(&Effect::Overdue { key: "k".into(), containers: vec![(a.clone(), "c1".into())] })
+        Some(&Effect::Overdue { key: "k".into(), containers: vec![(a.clone(), "c1".into())], again: false })
     );
-    pool.pass(limit);
-    assert_eq!(overdue(&pool), 1, "once");
+    pool.pass(3599);
+    assert_eq!(overdue(&pool), 1);
+    pool.pass(1);
+    assert!(
+        matches!(pool.told.last(), Some(Effect::Overdue { again: true, .. })),
+        "they may have to be stopped still"
+    );
     assert_eq!(pool.used(&a), 1);
+    pool.call(follow("k"));
+    assert!(!pool.engine.session(&"k".into()).unwrap().is_overdue());
+    pool.pass(limit);
+    assert!(matches!(pool.told.last(), Some(Effect::Overdue { again: false, .. })));
     pool.exits(&a, "c1");
-    assert!(!pool.engine.session(&"k".into()).unwrap().overdue);
+    assert!(!pool.engine.session(&"k".into()).unwrap().is_overdue());
+    pool.pass(limit);
+    assert_eq!(overdue(&pool), 3);
 }
 
 #[test]

@@ -25,6 +25,33 @@ pub(super) enum Owned {
     Image(String),
 }
 
+/// The slots that each tenant's sessions hold. Tenants that hold none are not listed: their names are clients' to
+/// choose.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Held(BTreeMap<Tenant, u32>);
+
+impl Held {
+    /// A session of the tenant holds this many slots now.
+    pub fn change(&mut self, tenant: &Tenant, before: u32, now: u32) {
+        if before == now {
+            return;
+        }
+        if let Some(held) = self.0.get_mut(tenant) {
+            *held = *held + now - before;
+            if *held == 0 {
+                self.0.remove(tenant);
+            }
+        } else {
+            self.0.insert(tenant.clone(), now - before);
+        }
+    }
+
+    /// How many slots the tenant's sessions hold.
+    pub fn by(&self, tenant: &Tenant) -> u32 {
+        self.0.get(tenant).copied().unwrap_or(0)
+    }
+}
+
 /// Everything that must reach the same daemon.
 #[derive(Debug, Clone)]
 pub struct Session {
@@ -57,8 +84,8 @@ pub struct Session {
     pub(super) idle: Option<Time>,
     /// Since when it has nothing but containers that run.
     pub(super) unattended: Option<Time>,
-    /// Whether they have run for longer than that is allowed.
-    pub overdue: bool,
+    /// When it was told last that they have run for longer than that is allowed, if they have.
+    pub(super) overdue: Option<Time>,
     /// When the engine looks at it again.
     pub(super) timer: Option<Time>,
 }
@@ -81,9 +108,14 @@ impl Session {
             linger: None,
             idle: Some(now),
             unattended: None,
-            overdue: false,
+            overdue: None,
             timer: None,
         }
+    }
+
+    /// Whether its containers have run for longer than they may without anything else.
+    pub fn is_overdue(&self) -> bool {
+        self.overdue.is_some()
     }
 
     /// The lease, while it lives.

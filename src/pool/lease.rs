@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::{Handle, Pool};
+use super::{Granted, Handle, Pool};
 use crate::drain::Signal;
 use crate::engine::model::{Event, Fact, LeaseId, OpenId, Outcome};
 use crate::provision::Stream;
@@ -23,14 +23,8 @@ pub struct Lease {
 }
 
 impl Lease {
-    pub(super) fn new(
-        pool: Arc<Pool>,
-        open: OpenId,
-        lease: Option<LeaseId>,
-        fresh: bool,
-        daemon: Arc<Handle>,
-    ) -> Self {
-        let cut = daemon.cut();
+    pub(super) fn new(pool: Arc<Pool>, granted: Granted) -> Self {
+        let Granted { open, lease, fresh, daemon, cut } = granted;
         Lease {
             pool,
             open,

@@ -162,12 +162,15 @@ struct Member {
     alias_of: Option<DaemonId>,
 }
 
+/// What a ticket is answered with. The daemon and its cut signal are those of the moment of the grant: by the time
+/// that the ticket's task looks, the daemon may be gone, or its streams have been broken, and that one concerns it.
 #[derive(Debug)]
 struct Granted {
     open: OpenId,
-    daemon: DaemonId,
     lease: Option<LeaseId>,
     fresh: bool,
+    daemon: Arc<Handle>,
+    cut: Signal,
 }
 
 /// The pool.
@@ -279,18 +282,6 @@ impl Pool {
         Ticket { pool: self.clone(), request, answer: granted, answered: false }
     }
 
-    /// The guard of a granted request.
-    fn lease(self: &Arc<Self>, granted: Granted) -> Result<Lease, Error> {
-        let handle = self.lock().daemons.get(&granted.daemon).map(|m| m.handle.clone());
-        match handle {
-            Some(handle) => Ok(Lease::new(self.clone(), granted.open, granted.lease, granted.fresh, handle)),
-            None => {
-                self.event(Event::Release { open: granted.open, outcome: Outcome::Unreached });
-                Err(Error::new(ErrorKind::SessionLost, format!("daemon {} has gone", granted.daemon)))
-            }
-        }
-    }
-
     /// The daemon, if any, whose containers' connections come from `ip`.
     pub fn inside(&self, ip: IpAddr) -> Option<DaemonId> {
         let state = self.lock();
@@ -388,7 +379,7 @@ impl Pool {
                         slots: s.slots,
                         open: s.open,
                         containers: s.live.len(),
-                        overdue: s.overdue,
+                        overdue: s.is_overdue(),
                         since: now.saturating_sub(home.since).as_secs_f64(),
                     })
                 })
@@ -457,14 +448,23 @@ impl Pool {
     fn carry_out(&self, state: &mut State, effect: Effect) {
         match effect {
             Effect::Granted { request, open, daemon, lease, fresh } => {
-                let granted = Granted { open, daemon, lease, fresh };
-                let gone = match state.waiting.remove(&request) {
-                    Some(answer) => answer.send(Ok(granted)).is_err(),
-                    None => true,
+                let answer = state.waiting.remove(&request);
+                let handle = state.daemons.get(&daemon).map(|m| m.handle.clone());
+                let back = match (answer, handle) {
+                    (Some(answer), Some(daemon)) => {
+                        let cut = daemon.cut();
+                        let granted = Granted { open, lease, fresh, daemon, cut };
+                        answer.send(Ok(granted)).is_err().then_some(Outcome::ClientGone)
+                    }
+                    // The engine knows no daemon that the pool does not.
+                    (Some(answer), None) => {
+                        let _ = answer.send(Err(Refusal::SessionLost(format!("daemon {daemon} has gone"))));
+                        Some(Outcome::Unreached)
+                    }
+                    (None, _) => Some(Outcome::ClientGone),
                 };
-                if gone {
-                    // Nobody waits any more: give it straight back.
-                    let outcome = Outcome::ClientGone;
+                if let Some(outcome) = back {
+                    // Nobody will use it: give it straight back.
                     for effect in state.engine.handle(Event::Release { open, outcome }, self.now()) {
                         self.carry_out(state, effect);
                     }
@@ -498,8 +498,10 @@ impl Pool {
                     tracing::info!(session = %key, lease = lease.number, %daemon, seconds, "lease ended");
                 }
             }
-            Effect::Overdue { key, containers } => {
-                self.metrics.leases_overdue.inc();
+            Effect::Overdue { key, containers, again } => {
+                if !again {
+                    self.metrics.leases_overdue.inc();
+                }
                 let stop = self.config().stop_overdue;
                 let n = containers.len();
                 tracing::warn!(session = %key, containers = n, stop, "nobody attends its containers");
@@ -751,6 +753,52 @@ mod tests {
         pool.alias(&handle(&pool, "a"), &"b".into());
         observe(&pool, &["a"]);
         assert_eq!(ids(&pool), ["a"], "its other name has gone");
+    }
+
+    /// A build is granted on a daemon that is said to be well, and its task has not looked yet.
+    async fn granted(pool: &Arc<Pool>) -> Ticket {
+        observe(pool, &["a"]);
+        let facts = Facts { api_min: (1, 24), api_max: (1, 51), ..Facts::default() };
+        pool.event(Event::Probed { daemon: "a".into(), probe: Probe::Answered(facts) });
+        let want = Want {
+            key: "ip:1".into(),
+            tenant: "default".into(),
+            source: None,
+            inside: None,
+            shares_names: true,
+            class: Class::Work(Work::Build),
+            target: None,
+            requirements: Requirements::default(),
+        };
+        pool.acquire(&want).await
+    }
+
+    #[tokio::test]
+    async fn a_daemon_that_goes_before_its_grant_is_looked_at_is_tried_and_then_another() {
+        let pool = pool();
+        let mut ticket = granted(&pool).await;
+        observe(&pool, &[]);
+        let lease =
+            ticket.now().expect("it was granted").expect("no session is lost of which nothing was there");
+        assert!(!lease.is_bound(), "it may be tried elsewhere");
+        assert!(lease.connect().await.is_err());
+        // The next one of that name has no part in it.
+        observe(&pool, &["a"]);
+        let facts = Facts { api_min: (1, 24), api_max: (1, 51), ..Facts::default() };
+        pool.event(Event::Probed { daemon: "a".into(), probe: Probe::Answered(facts) });
+        lease.finish(Outcome::Unreached);
+        assert!(pool.is_ready());
+        pool.stop();
+    }
+
+    #[tokio::test]
+    async fn streams_that_are_broken_are_those_that_were_granted_before() {
+        let pool = pool();
+        let mut ticket = granted(&pool).await;
+        handle(&pool, "a").break_streams();
+        let lease = ticket.now().expect("it was granted").expect("a lease");
+        assert!(lease.cut().is_given());
+        pool.stop();
     }
 
     #[tokio::test]

@@ -49,7 +49,7 @@ impl Ticket {
     fn take(&mut self, answer: Result<Granted, Refusal>) -> Result<Lease, Error> {
         self.answered = true;
         match answer {
-            Ok(granted) => self.pool.lease(granted),
+            Ok(granted) => Ok(Lease::new(self.pool.clone(), granted)),
             Err(refusal) => Err(refused(refusal)),
         }
     }
@@ -63,7 +63,7 @@ impl Drop for Ticket {
         let mut state = self.pool.lock();
         state.waiting.remove(&self.request);
         // A `/session` waits with its build's ticket, and is none of its own.
-        let waited = state.engine.position(self.request).is_some();
+        let waited = state.engine.waits(self.request);
         self.pool.handle(&mut state, Event::Abandon(self.request));
         // Granted in the very moment in which its client left: straight back.
         self.answer.close();

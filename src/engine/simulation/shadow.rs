@@ -162,7 +162,7 @@ impl Shadow {
             }
             Event::Release { open, outcome } => {
                 let gone = self.grants.remove(open)?;
-                if *outcome == Outcome::Unreached {
+                if *outcome == Outcome::Unreached && !gone.orphan {
                     self.probed(&gone.daemon, true, &Probe::Refused(String::new()), now);
                 }
                 return Some(gone);
