@@ -11,10 +11,11 @@
 pub mod token;
 
 use std::convert::Infallible;
-use std::pin::Pin;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::pin::{Pin, pin};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http_body_util::{Either, Full};
@@ -24,24 +25,38 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use percent_encoding::percent_decode_str;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::time::timeout;
 
 use crate::config::{MAX_DURATION, duration};
 use crate::drain::Drain;
 use crate::engine::model::{CordonedBy, DaemonId};
 use crate::pool::Pool;
-use crate::pool::cordon::Unknown;
+use crate::pool::cordon::{Progress, Unknown};
+use crate::provision::Stream;
 use crate::proxy::Origin;
 use crate::proxy::classify::parameter;
 use crate::proxy::listener::Bound;
 use token::Token;
 
-/// How many connections it takes at the same time; the descriptors kept back for them are counted in
-/// `proxy/limits.rs`.
-const CONNECTIONS: usize = 32;
+/// How many connections the Unix listeners take at the same time, and as many those for TCP: nobody from outside
+/// keeps the operator out. The descriptors kept back for them are counted in `proxy/limits.rs`.
+const CONNECTIONS: usize = 16;
+
+/// How many drains are followed at the same time. One that nobody follows goes on all the same.
+const FOLLOWED: usize = 8;
+
+/// How long a client may take to send its request and to read the answer. A drain is followed as long as it takes.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A drain without a deadline of its own.
 pub const DEADLINE: Duration = Duration::from_secs(600);
+
+/// Between two log lines about wrong tokens.
+const LOG_PAUSE: Duration = Duration::from_secs(5);
+
+const CROWDED: &str = "the drain has begun and goes on, but too many clients follow one already: GET \
+                       /daemons/ID/drain tells how far it is";
 
 const TEXT: &str = "text/plain; charset=utf-8";
 const JSON: &str = "application/json";
@@ -57,9 +72,19 @@ pub struct Admin {
     pub drain: Drain,
     /// Who may change the pool over TCP; nobody without one.
     pub token: RwLock<Option<Token>>,
-    /// For connections of all admin listeners together.
-    room: Arc<Semaphore>,
+    /// For connections of the Unix listeners.
+    local: Arc<Semaphore>,
+    /// For those of the others.
+    remote: Arc<Semaphore>,
+    /// For those that follow a drain.
+    followed: Arc<Semaphore>,
+    /// Wrong tokens since the last log line about them, and when that was.
+    wrong: Mutex<(u64, Option<Instant>)>,
 }
+
+/// Marks an answer that lasts as long as what it tells of.
+#[derive(Debug, Clone, Copy)]
+struct Lasting;
 
 /// Serves an admin listener until it is dropped.
 pub async fn run(bound: Bound, admin: Arc<Admin>) {
@@ -72,24 +97,35 @@ pub async fn run(bound: Bound, admin: Arc<Admin>) {
                 continue;
             }
         };
+        let room = match origin {
+            Origin::Unix(..) => &admin.local,
+            Origin::Tcp(..) => &admin.remote,
+        };
         // Closed at once: a probe that finds no room is repeated, one that waits for it hangs.
-        let Ok(place) = admin.room.clone().try_acquire_owned() else { continue };
-        let admin = admin.clone();
-        let trusted = is_owner(origin);
-        tokio::spawn(async move {
-            let service = service_fn(move |request| {
-                let response = admin.answer(&request, trusted);
-                async move { Ok::<_, Infallible>(response) }
-            });
-            let _place = place;
-            // A client that breaks off its own request is no fault of ours.
-            let _ = hyper::server::conn::http1::Builder::new()
-                // With it, a client that sends no head is dropped after hyper's 30 s.
-                .timer(TokioTimer::new())
-                .serve_connection(TokioIo::new(stream), service)
-                .await;
-        });
+        let Ok(place) = room.clone().try_acquire_owned() else { continue };
+        tokio::spawn(visit(admin.clone(), stream, is_owner(origin), place));
     }
+}
+
+/// One connection, of one request: who keeps one open between two would take the place of others.
+async fn visit(admin: Arc<Admin>, stream: Stream, trusted: bool, place: OwnedSemaphorePermit) {
+    let lasting = Arc::new(AtomicBool::new(false));
+    let lasts = lasting.clone();
+    let service = service_fn(move |request| {
+        let response = admin.answer(&request, trusted);
+        lasts.store(response.extensions().get::<Lasting>().is_some(), Ordering::Relaxed);
+        async move { Ok::<_, Infallible>(response) }
+    });
+    let serve = hyper::server::conn::http1::Builder::new()
+        .keep_alive(false)
+        .timer(TokioTimer::new())
+        .serve_connection(TokioIo::new(stream), service);
+    let mut serve = pin!(serve);
+    // A client that breaks off its own request is no fault of ours.
+    if timeout(PATIENCE, serve.as_mut()).await.is_err() && lasting.load(Ordering::Relaxed) {
+        let _ = serve.await;
+    }
+    drop(place);
 }
 
 /// Whether the client is who runs the proxy, or root. The socket's file mode says the same, but only from the moment
@@ -104,7 +140,16 @@ fn is_owner(origin: Origin) -> bool {
 impl Admin {
     /// The admin side of a pool, and of the proxy whose end `drain` tells.
     pub fn new(pool: Arc<Pool>, drain: Drain, token: Option<Token>) -> Self {
-        Admin { pool, drain, token: RwLock::new(token), room: Arc::new(Semaphore::new(CONNECTIONS)) }
+        let room = |size| Arc::new(Semaphore::new(size));
+        Admin {
+            pool,
+            drain,
+            token: RwLock::new(token),
+            local: room(CONNECTIONS),
+            remote: room(CONNECTIONS),
+            followed: room(FOLLOWED),
+            wrong: Mutex::default(),
+        }
     }
 
     fn answer<B>(&self, request: &Request<B>, trusted: bool) -> Answer {
@@ -136,9 +181,10 @@ impl Admin {
                 Err(error) => reply(StatusCode::INTERNAL_SERVER_ERROR, TEXT, error.to_string()),
             },
             path => match target(path) {
-                Some((daemon, "drain")) => {
-                    reply(StatusCode::OK, JSON_LINES, line(&self.pool.drain_progress(&daemon)))
-                }
+                Some((daemon, "drain")) => match self.pool.drain_progress(&daemon) {
+                    Progress::Gone => unknown(&self.pool.names()),
+                    progress => reply(StatusCode::OK, JSON_LINES, line(&progress)),
+                },
                 _ => reply(StatusCode::NOT_FOUND, TEXT, "dindpool: /metrics /livez /readyz /status\n"),
             },
         }
@@ -163,9 +209,19 @@ impl Admin {
             }
             Some(given) if token.is_proved_by(given.as_bytes()) => None,
             Some(_) => {
-                tracing::warn!("a wrong token on the admin listener");
+                self.warn_of_wrong_token();
                 Some((StatusCode::FORBIDDEN, "this is not the pool's token"))
             }
+        }
+    }
+
+    /// Once in a while: whoever guesses does not fill the log.
+    fn warn_of_wrong_token(&self) {
+        let mut wrong = self.wrong.lock().unwrap_or_else(PoisonError::into_inner);
+        wrong.0 += 1;
+        if wrong.1.is_none_or(|at| at.elapsed() >= LOG_PAUSE) {
+            tracing::warn!(times = wrong.0, "a wrong token on the admin listener");
+            *wrong = (0, Some(Instant::now()));
         }
     }
 
@@ -181,7 +237,12 @@ impl Admin {
                     return message(StatusCode::BAD_REQUEST, "deadline: no duration; use 30s, 10m or 2h");
                 };
                 match self.pool.drain(&daemon, within) {
-                    Ok(()) => return follow(self.pool.clone(), daemon),
+                    Ok(()) => {
+                        return match self.followed.clone().try_acquire_owned() {
+                            Ok(place) => follow(self.pool.clone(), daemon, place),
+                            Err(_) => message(StatusCode::SERVICE_UNAVAILABLE, CROWDED),
+                        };
+                    }
                     Err(unknown) => Err(unknown),
                 }
             }
@@ -189,12 +250,14 @@ impl Admin {
         };
         match done {
             Ok(()) => reply(StatusCode::OK, JSON, "{}\n"),
-            Err(Unknown(names)) => {
-                let known = if names.is_empty() { "none".into() } else { names.join(", ") };
-                message(StatusCode::NOT_FOUND, &format!("no such daemon; there are: {known}"))
-            }
+            Err(Unknown(names)) => unknown(&names),
         }
     }
+}
+
+fn unknown(names: &[String]) -> Answer {
+    let known = if names.is_empty() { "none".into() } else { names.join(", ") };
+    message(StatusCode::NOT_FOUND, &format!("no such daemon; there are: {known}"))
 }
 
 /// `/daemons/ID/VERB`; an id with a slash in it is percent-encoded.
@@ -205,9 +268,10 @@ fn target(path: &str) -> Option<(DaemonId, &str)> {
 }
 
 /// Tells how a drain goes, to its end or until the client leaves; the drain itself goes on.
-fn follow(pool: Arc<Pool>, daemon: DaemonId) -> Answer {
+fn follow(pool: Arc<Pool>, daemon: DaemonId, place: OwnedSemaphorePermit) -> Answer {
     let (lines, body) = mpsc::channel(1);
     tokio::spawn(async move {
+        let _place = place;
         let mut told = None;
         loop {
             let progress = tokio::select! {
@@ -222,6 +286,7 @@ fn follow(pool: Arc<Pool>, daemon: DaemonId) -> Answer {
     });
     let mut response = Response::new(Either::Right(Lines(body)));
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(JSON_LINES));
+    response.extensions_mut().insert(Lasting);
     response
 }
 
@@ -258,9 +323,12 @@ fn reply(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>)
 #[cfg(test)]
 mod tests {
     use http_body_util::BodyExt;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::{TcpStream, UnixStream};
 
     use super::*;
     use crate::metrics::Metrics;
+    use crate::proxy::listener::Address;
 
     fn admin() -> Admin {
         let metrics = Metrics::new(prometheus::Registry::new()).unwrap();
@@ -294,6 +362,40 @@ mod tests {
         assert_eq!(get("/readyz").await, (503, "shutting down\n".into()));
         assert_eq!(get("/livez").await.0, 200);
         assert_eq!(get("/nothing").await.0, 404);
+    }
+
+    #[tokio::test]
+    async fn who_holds_connections_keeps_neither_probes_nor_the_operator_out() {
+        let admin = Arc::new(admin());
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("admin.sock");
+        let tcp = Bound::admin(&"tcp://127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let address = tcp.address().trim_start_matches("tcp://").to_string();
+        let unix = Bound::admin(&Address::Unix(path.clone())).await.unwrap();
+        let listeners = [tokio::spawn(run(tcp, admin.clone())), tokio::spawn(run(unix, admin.clone()))];
+        let request = b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n";
+        // One that would like to keep its connection gives its place back.
+        let mut kept = Vec::new();
+        for _ in 0..2 * CONNECTIONS {
+            let mut client = TcpStream::connect(&address).await.unwrap();
+            client.write_all(request).await.unwrap();
+            let mut answer = String::new();
+            client.read_to_string(&mut answer).await.unwrap();
+            assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+            kept.push(client);
+        }
+        // Those that say nothing hold theirs for a while, and the socket is another room.
+        let mut silent = Vec::new();
+        while admin.remote.available_permits() > 0 {
+            silent.push(TcpStream::connect(&address).await.unwrap());
+            tokio::task::yield_now().await;
+        }
+        let mut operator = UnixStream::connect(&path).await.unwrap();
+        operator.write_all(request).await.unwrap();
+        let mut answer = String::new();
+        operator.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        listeners.into_iter().for_each(|l| l.abort());
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
@@ -41,15 +41,10 @@ impl Token {
     /// # Errors
     /// What the file system says.
     pub fn read_or_make(path: &Path) -> Result<Token, String> {
-        let fault = |e: std::io::Error| format!("cannot make {}: {e}", path.display());
-        match fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path) {
-            Ok(mut file) => {
-                let mut bytes = [0; MADE];
-                fs::File::open("/dev/urandom").and_then(|mut r| r.read_exact(&mut bytes)).map_err(fault)?;
-                let digits: String = bytes.iter().map(|b| format!("{b:02x}")).collect();
-                writeln!(file, "{digits}").map_err(fault)?;
-            }
-            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+        let fault = |e: io::Error| format!("cannot make {}: {e}", path.display());
+        match path.try_exists() {
+            Ok(true) => {}
+            Ok(false) => make(path).map_err(fault)?,
             Err(error) => return Err(fault(error)),
         }
         Token::read(path)
@@ -70,6 +65,22 @@ impl Token {
     }
 }
 
+/// Whoever looks for the file finds it whole or not at all, also when two make it at once.
+fn make(path: &Path) -> io::Result<()> {
+    let mut bytes = [0; MADE];
+    fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    let digits: String = bytes.iter().map(|b| format!("{b:02x}")).collect();
+    let own = path.with_extension(format!("{}.{}", std::process::id(), &digits[..8]));
+    // The name says nothing that the digits behind it do not keep.
+    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&own)?;
+    let linked = writeln!(file, "{}", &digits[8..]).and_then(|()| fs::hard_link(&own, path));
+    fs::remove_file(&own)?;
+    match linked {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+        _ => Ok(()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt;
@@ -84,6 +95,7 @@ mod tests {
         assert_eq!(Token::read_or_make(&path).unwrap(), token);
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert!(!format!("{token:?}").contains(&token.0));
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "nothing else is left");
     }
 
     #[test]

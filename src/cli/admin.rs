@@ -50,6 +50,16 @@ impl Where {
         first.trim_start_matches("http://").trim_end_matches('/')
     }
 
+    /// Whether what is sent there stays on this machine.
+    fn is_local(&self) -> bool {
+        let address = self.address();
+        let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
+        let host = host.trim_start_matches('[').trim_end_matches(']');
+        address.starts_with("unix://")
+            || host == "localhost"
+            || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.to_canonical().is_loopback())
+    }
+
     async fn connect(&self) -> std::io::Result<Stream> {
         match self.address().strip_prefix("unix://") {
             Some(path) => Ok(Stream::Unix(UnixStream::connect(path).await?)),
@@ -100,8 +110,9 @@ impl Change {
     pub async fn post(&self, path: &str) -> anyhow::Result<Response<Incoming>> {
         let token = match &self.token_file {
             Some(path) => Some(Token::read(path).map_err(anyhow::Error::msg)?),
-            // Nobody asked for it: a pool that needs none is none the worse.
-            None => Token::read(&Path::new(DATA).join(TOKEN_FILE)).ok(),
+            // Nobody asked for it: a pool that needs none is none the worse. But it is this machine's secret.
+            None if self.at.is_local() => Token::read(&Path::new(DATA).join(TOKEN_FILE)).ok(),
+            None => None,
         };
         let response = self.at.send(Method::POST, path, token.as_ref()).await?;
         let status = response.status();
@@ -113,6 +124,23 @@ impl Change {
         match said["message"].as_str() {
             Some(message) => anyhow::bail!("{message}"),
             None => anyhow::bail!("{} answered {status}", self.at.admin),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_token_of_this_machine_is_sent_to_this_machine_only() {
+        let local = |admin: &str| Where { admin: admin.to_string() }.is_local();
+        for address in ["127.0.0.1:9375", "http://localhost:9375/", "[::1]:9375", "unix:///run/admin.sock"] {
+            assert!(local(address), "{address}");
+        }
+        for address in ["10.0.0.5:9375", "pool.example:9375", "localhost.example:9375", "127.0.0.1.example:1"]
+        {
+            assert!(!local(address), "{address}");
         }
     }
 }

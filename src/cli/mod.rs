@@ -206,10 +206,12 @@ fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
 /// When the handlers cannot be installed.
 fn signals() -> std::io::Result<impl Future<Output = ()>> {
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    // nohup(1) ignores it for who is to outlive the terminal. To be asked before there is a handler.
+    let outlives = is_ignored(libc::SIGHUP);
     let mut hangups = hangups()?;
     // Whose terminal is closed hears SIGHUP too, and that is no wish to read a file again.
     let terminal = || std::fs::File::open("/dev/tty").is_ok();
-    let at_terminal = terminal();
+    let at_terminal = terminal() && !outlives;
     Ok(async move {
         let closed = async {
             while hangups.recv().await.is_some() {
@@ -232,6 +234,15 @@ fn signals() -> std::io::Result<impl Future<Output = ()>> {
             std::process::exit(130);
         });
     })
+}
+
+/// Whether a signal has been ignored since the process began.
+fn is_ignored(signal: libc::c_int) -> bool {
+    // SAFETY: the structure is plain data, for which zero is a value.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    // SAFETY: without a new action this only asks; `action` is valid for the old one.
+    let asked = unsafe { libc::sigaction(signal, std::ptr::null(), &raw mut action) };
+    asked == 0 && action.sa_sigaction == libc::SIG_IGN
 }
 
 /// Listens to SIGHUP from this call on: it does not end the process any more.

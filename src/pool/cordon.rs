@@ -43,6 +43,10 @@ impl Progress {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unknown(pub Vec<String>);
 
+fn names(state: &State) -> Vec<String> {
+    state.engine.daemons().map(|d| d.id.to_string()).collect()
+}
+
 impl Pool {
     /// A daemon takes no new sessions from now on.
     ///
@@ -72,10 +76,15 @@ impl Pool {
     fn change(&self, daemon: &DaemonId, event: Event) -> Result<(), Unknown> {
         let mut state = self.lock();
         if !state.engine.daemons().any(|d| d.id == *daemon) {
-            return Err(Unknown(state.engine.daemons().map(|d| d.id.to_string()).collect()));
+            return Err(Unknown(names(&state)));
         }
         self.handle(&mut state, event);
         Ok(())
+    }
+
+    /// The daemons that there are.
+    pub fn names(&self) -> Vec<String> {
+        names(&self.lock())
     }
 
     /// How far the drain of a daemon is.

@@ -115,6 +115,8 @@ async fn contact(
 ) -> Result<(Facts, Incoming), CallError> {
     let deadline = pool.config().probe_deadline;
     let (ping, _) = client::get(&handle.endpoint, "/_ping", deadline).await?;
+    // It answers, though perhaps slowly: nobody's request is in vain.
+    *super::lock(&handle.silence) = None;
     let version: Value = client::json(&handle.endpoint, "/version", deadline).await?;
     let info = inform(pool, handle).await?;
     let facts = about::facts(&info, &version);

@@ -52,9 +52,10 @@ impl WaitingBuild<'_> {
         wait: impl Future<Output = Result<T, Error>>,
     ) -> Result<T, Error> {
         tokio::select! {
+            // The word first: who was told that its build is cancelled must not see it start.
             biased;
-            result = wait => result,
             () = self.cancel.notified() => Err(Error::new(Kind::Cancelled, "the build was cancelled while it waited")),
+            result = wait => result,
         }
     }
 }

@@ -6,6 +6,7 @@ use std::borrow::Cow;
 use percent_encoding::percent_decode_str;
 use serde_json::Value;
 
+use super::relay::Pace;
 use crate::engine::images::normalise;
 use crate::engine::model::{ApiVersion, Class, Kind, ObjectRef, Work};
 use crate::pool::about::PROJECT;
@@ -100,35 +101,17 @@ impl Route {
         }
     }
 
-    /// Whether dockerd answers such a request at once, whatever it is about. Others take their time: a build, a
-    /// stop with its grace, a wait, the logs of a silent container.
-    pub fn is_prompt(&self) -> bool {
-        matches!(
-            self.label,
-            "info"
-                | "containers/list"
-                | "containers/create"
-                | "containers/inspect"
-                | "containers/start"
-                | "containers/attach"
-                | "containers/exec"
-                | "containers/kill"
-                | "containers/rename"
-                | "containers/resize"
-                | "containers/top"
-                | "exec/start"
-                | "exec/inspect"
-                | "exec/resize"
-                | "images/list"
-                | "images/inspect"
-                | "images/tag"
-                | "networks/create"
-                | "networks/list"
-                | "networks/inspect"
-                | "volumes/create"
-                | "volumes/list"
-                | "volumes/inspect"
-        )
+    /// How long dockerd takes to begin its answer.
+    pub fn pace(&self) -> Pace {
+        match self.label {
+            "info" | "containers/list" | "containers/inspect" | "containers/kill" | "containers/rename"
+            | "containers/resize" | "containers/top" | "exec/inspect" | "exec/resize" | "images/list"
+            | "images/inspect" | "images/tag" | "networks/list" | "networks/inspect" | "volumes/list"
+            | "volumes/inspect" => Pace::AtOnce,
+            "containers/create" | "containers/start" | "containers/attach" | "containers/exec"
+            | "exec/start" | "networks/create" | "volumes/create" => Pace::Soon,
+            _ => Pace::Long,
+        }
     }
 
     fn local(label: &'static str, local: Local) -> Self {

@@ -215,17 +215,27 @@ pub async fn run(proxy: Arc<Proxy>, identity: Arc<ListenerIdentity>, bound: Boun
         }
     }
     // For the client these are connected: closing the listener would reset them.
-    while let Some(Ok((stream, origin))) = now(&bound).await {
-        door.take(stream, origin);
+    let mut faults = 0;
+    while let Some(accepted) = now(&bound).await {
+        match accepted {
+            Ok((stream, origin)) => door.take(stream, origin),
+            // One that has left again; the next ones may not have.
+            Err(error) if faults < FAULTS && !is_out_of_descriptors(&error) => faults += 1,
+            Err(_) => break,
+        }
     }
 }
 
 /// After a failed accept.
 const REST: Duration = Duration::from_millis(50);
+/// How many failed accepts are passed over when the listener closes.
+const FAULTS: u32 = 1024;
 
 /// A client that waits to be accepted, if there is one.
 async fn now(bound: &Bound) -> Option<io::Result<(Stream, Origin)>> {
-    tokio::time::timeout(Duration::ZERO, bound.accept()).await.ok()
+    // With a task's budget used up, the runtime would say "nobody" of a full backlog.
+    let accept = tokio::task::unconstrained(bound.accept());
+    tokio::time::timeout(Duration::ZERO, accept).await.ok()
 }
 
 /// What each new client of a listener gets.

@@ -69,6 +69,8 @@ const TRIES: usize = 8;
 const NEWCOMER: Duration = Duration::from_secs(1);
 /// How long a BuildKit client that was refused may keep its connection: it makes all its calls at once.
 const REFUSED: Duration = Duration::from_secs(60);
+/// How long a daemon that refuses a request may take to say why.
+const SAYING: Duration = Duration::from_secs(2);
 /// How long a daemon may take for the 101 of `/grpc`: then the client gives up anyway.
 const UPGRADE: Duration = Duration::from_secs(20);
 
@@ -208,7 +210,7 @@ impl Connection {
     /// that fails. False if the client left.
     async fn first_daemon(&mut self) -> bool {
         while self.proxy.pool.about(None).is_none() && self.proxy.pool.expects_room() {
-            if self.client.peer() != Peer::Open {
+            if self.client.peer() != Peer::Open || self.proxy.drain.is_stopping() {
                 return false;
             }
             sleep(Duration::from_millis(50)).await;
@@ -235,11 +237,13 @@ impl Connection {
         let mut timer: Option<Pin<Box<Sleep>>> = None;
         poll_fn(|cx| {
             let head = pin!(client.read_head()).poll(cx);
-            match (head, client.buffered()) {
-                (Poll::Ready(head), _) => return Poll::Ready(Some(head)),
-                (Poll::Pending, []) if proxy.drain.is_stopping() => return Poll::Ready(None),
-                (Poll::Pending, []) => return Poll::Pending,
-                (Poll::Pending, _) => {}
+            // Empty lines between two requests are no request's beginning (RFC 9112, 2.2).
+            let begun = client.buffered().iter().any(|b| !b"\r\n".contains(b));
+            match head {
+                Poll::Ready(head) => return Poll::Ready(Some(head)),
+                Poll::Pending if begun => {}
+                Poll::Pending if proxy.drain.is_stopping() => return Poll::Ready(None),
+                Poll::Pending => return Poll::Pending,
             }
             let deadline = proxy.head_deadline;
             let timer = timer.get_or_insert_with(|| Box::pin(sleep(deadline)));
@@ -359,7 +363,7 @@ impl Connection {
         let options = Options { hijack: route.hijack, answered: told.answered };
         let open = Counted::new(&self.proxy.metrics.exchanges);
         let mut watcher = Watcher::new(&lease, route.learn.as_ref(), &named, route.json_stream);
-        daemon.ask(route.is_prompt());
+        daemon.ask(route.pace());
         self.streaming = true;
         #[cfg(test)]
         isolation::failpoint(head.target());
@@ -435,24 +439,35 @@ impl Connection {
         if self.client.write_all(local::GRPC_101).await.is_err() {
             return;
         }
-        match self.client.peek(PREFACE.len()).await {
-            Ok(bytes) if bytes.starts_with(PREFACE) => {}
-            _ => return,
+        if self.preface(None).await {
+            self.buildkit(Some(head), route, identity).await;
         }
-        self.buildkit(Some(head), route, identity).await;
     }
 
     /// HTTP/2 with prior knowledge: Engine 29 serves gRPC (and its whole API) so.
     async fn native_h2(&mut self) {
-        match self.client.peek(PREFACE.len()).await {
-            Ok(bytes) if bytes.starts_with(PREFACE) => {}
-            _ => return,
+        if !self.preface(Some(self.proxy.head_deadline)).await {
+            return;
         }
         let route = Route { local: None, ..classify("POST", "/grpc", None) };
         match self.identify(&Prefix::default(), None).await {
             Ok(identity) => self.buildkit(None, &route, identity).await,
             Err(error) => tracing::debug!("{error}"),
         }
+    }
+
+    /// Waits for the HTTP/2 preface. False if the client sends something else, leaves, takes longer than `deadline`,
+    /// or if the proxy stops.
+    async fn preface(&mut self, deadline: Option<Duration>) -> bool {
+        let Connection { client, proxy, .. } = self;
+        let preface = async {
+            match deadline {
+                Some(deadline) => timeout(deadline, client.peek(PREFACE.len())).await.ok(),
+                None => Some(client.peek(PREFACE.len()).await),
+            }
+        };
+        let preface = proxy.drain.unless_stopping(preface).await;
+        matches!(preface, Some(Some(Ok(bytes))) if bytes.starts_with(PREFACE))
     }
 
     /// A BuildKit connection whose client has begun to speak HTTP/2.
@@ -800,17 +815,21 @@ fn is_true(value: &str) -> bool {
 
 /// What a daemon said instead of the 200 that its client has already: its own message, if it is one.
 async fn said(daemon: &mut Side, status: u16) -> Error {
-    let mut message = format!("the daemon answered {status}");
+    let message = timeout(SAYING, its_message(daemon)).await.ok().flatten();
+    let message = message.unwrap_or_else(|| format!("the daemon answered {status}"));
+    Error::new(Kind::DaemonUnreachable, message)
+}
+
+async fn its_message(daemon: &mut Side) -> Option<String> {
     if let Ok(head) = daemon.read_response().await
         && let Ok(head) = ResponseHead::parse(&head, false)
         && let Framing::Length(length @ 1..=65_536) = head.framing
         && let Ok(body) = daemon.peek(length as usize).await
         && let Ok(body) = serde_json::from_slice::<serde_json::Value>(body)
-        && let Some(text) = body["message"].as_str()
     {
-        message = text.to_string();
+        return body["message"].as_str().map(str::to_string);
     }
-    Error::new(Kind::DaemonUnreachable, message)
+    None
 }
 
 fn class_word(class: Class) -> &'static str {
@@ -935,24 +954,39 @@ mod tests {
     #[tokio::test]
     async fn a_connection_that_is_cut_within_a_stream_does_not_end_like_the_stream() {
         for (streaming, ending) in [(true, Ending::Rst), (false, Ending::Fin)] {
-            let (client, mut far) = tcp().await;
-            let metrics = Metrics::new(prometheus::Registry::new()).unwrap();
-            let proxy = Proxy {
-                pool: Pool::new(crate::pool::Config::default(), metrics.clone(), 1),
-                peers: Arc::new(Peers::new(&[])),
-                waiting: WaitingBuilds::default(),
-                drain: Drain::new(),
-                gate: Gate::new(limits::Limits::default(), 1024),
-                sweeper: Sweeper::default(),
-                head_deadline: Duration::from_secs(30),
-                metrics,
-            };
-            let listener = ListenerIdentity { tenant: "default".into(), session: None };
-            let mut connection =
-                Connection::new(Arc::new(proxy), Arc::new(listener), client, Origin::Unix(None, 0));
+            let (mut connection, mut far) = connection().await;
             connection.streaming = streaming;
             drop(connection);
             assert_eq!(read_to_end(&mut far).await.1, ending);
+        }
+    }
+
+    async fn connection() -> (Connection, tokio::net::TcpStream) {
+        let (client, far) = tcp().await;
+        let metrics = Metrics::new(prometheus::Registry::new()).unwrap();
+        let proxy = Proxy {
+            pool: Pool::new(crate::pool::Config::default(), metrics.clone(), 1),
+            peers: Arc::new(Peers::new(&[])),
+            waiting: WaitingBuilds::default(),
+            drain: Drain::new(),
+            gate: Gate::new(limits::Limits::default(), 1024),
+            sweeper: Sweeper::default(),
+            head_deadline: Duration::from_secs(30),
+            metrics,
+        };
+        let listener = ListenerIdentity { tenant: "default".into(), session: None };
+        (Connection::new(Arc::new(proxy), Arc::new(listener), client, Origin::Unix(None, 0)), far)
+    }
+
+    #[tokio::test]
+    async fn an_empty_line_between_two_requests_is_no_beginning_of_one() {
+        for (sent, begun) in [("\r\n", false), ("\r\nG", true)] {
+            let (mut connection, mut far) = connection().await;
+            say(&mut far, sent).await;
+            connection.proxy.drain.stop();
+            let mut head = pin!(connection.head());
+            let ends = poll_fn(|cx| Poll::Ready(head.as_mut().poll(cx).is_ready())).await;
+            assert_eq!(ends, !begun, "{sent:?}");
         }
     }
 

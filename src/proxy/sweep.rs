@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use super::Proxy;
-use super::relay::{Asked, Fate, Guard};
+use super::relay::{Asked, Fate, Guard, Pace};
 use crate::pool::Handle;
 
 /// Between two looks.
@@ -16,7 +16,7 @@ const PERIOD: Duration = Duration::from_secs(1);
 const LOST: Duration = Duration::from_secs(20);
 /// How long a request that dockerd answers at once waits for a daemon that answers no probe either.
 const PROMPT: Duration = Duration::from_secs(2);
-/// How long any other request (a build, a stop, a wait) does, if the daemon had fallen silent before it.
+/// How long any other one does: a busy disk makes a create, a start and the probe's `/info` wait for each other.
 const PATIENT: Duration = Duration::from_secs(10);
 /// How many are looked at before other tasks get their turn.
 const BATCH: usize = 512;
@@ -94,11 +94,15 @@ fn judge(proxy: &Proxy, guard: &Guard, daemon: Option<&Handle>, now: Instant) {
     }
 }
 
-/// For how long a request has waited, if there is no point in waiting longer. A daemon that is merely slow may be
-/// at work on what it was asked before it fell silent.
+/// For how long a request has waited since it was sent, if there is no point in waiting longer. A daemon that is
+/// merely slow may be at work on what it was asked before it fell silent.
 fn in_vain(asked: Asked, silent: Instant, now: Instant) -> Option<Duration> {
-    let waited = now.saturating_duration_since(asked.since);
-    let over = if asked.prompt { waited >= PROMPT } else { silent < asked.since && waited >= PATIENT };
+    let waited = now.saturating_duration_since(asked.sent);
+    let over = match asked.pace {
+        Pace::AtOnce => waited >= PROMPT,
+        Pace::Soon => waited >= PATIENT && now.saturating_duration_since(silent) >= PATIENT,
+        Pace::Long => waited >= PATIENT && silent < asked.since,
+    };
     over.then_some(waited)
 }
 
@@ -110,12 +114,20 @@ mod tests {
     fn what_a_daemon_may_be_at_work_on_is_waited_for() {
         let start = Instant::now();
         let at = |seconds: u64| start + Duration::from_secs(seconds);
-        let (quick, slow) = (Asked { since: at(10), prompt: true }, Asked { since: at(10), prompt: false });
+        let asked = |pace| Asked { since: at(10), sent: at(10), pace };
+        let quick = asked(Pace::AtOnce);
         assert_eq!(in_vain(quick, at(12), at(11)), None);
         assert_eq!(in_vain(quick, at(12), at(13)), Some(Duration::from_secs(3)));
-        assert_eq!(in_vain(slow, at(12), at(10_000)), None, "a build that was under way");
-        assert_eq!(in_vain(slow, at(5), at(19)), None);
-        assert_eq!(in_vain(slow, at(5), at(20)), Some(Duration::from_secs(10)), "a build that came too late");
+        let soon = asked(Pace::Soon);
+        assert_eq!(in_vain(soon, at(12), at(21)), None, "a busy disk");
+        assert_eq!(in_vain(soon, at(12), at(22)), Some(Duration::from_secs(12)));
+        let long = asked(Pace::Long);
+        assert_eq!(in_vain(long, at(12), at(10_000)), None, "a build that was under way");
+        assert_eq!(in_vain(long, at(5), at(19)), None);
+        assert_eq!(in_vain(long, at(5), at(20)), Some(Duration::from_secs(10)), "a build that came too late");
+        let upload = Asked { sent: at(60), ..long };
+        assert_eq!(in_vain(upload, at(5), at(69)), None, "its context is still being taken");
+        assert_eq!(in_vain(upload, at(5), at(70)), Some(Duration::from_secs(10)));
     }
 
     #[test]

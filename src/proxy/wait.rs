@@ -67,7 +67,7 @@ pub async fn wait(
     }
     if manner == Manner::Http2 && !told.settings {
         told.settings = true;
-        client.write_all(&h2::empty_settings()).await.map_err(gone)?;
+        client.offer(&h2::empty_settings()).await.map_err(gone)?;
     }
     let mut next = Instant::now() + QUIET;
     let mut shown = None;
@@ -77,9 +77,12 @@ pub async fn wait(
             lease = ticket.granted() => return lease,
             end = left(client, manner) => return Err(end),
             () = tokio::time::sleep_until(next), if matches!(manner, Manner::Lines(_)) => {
-                let place = ticket.position();
-                let bytes = beat(manner, told, place, &mut shown);
-                client.write_all(&bytes).await.map_err(gone)?;
+                // A client that has not read the last sign of life needs no further one, and must not be waited for:
+                // its lease may come at any moment.
+                if client.is_flushed().await.map_err(gone)? {
+                    let bytes = beat(manner, told, ticket.position(), &mut shown);
+                    client.offer(&bytes).await.map_err(gone)?;
+                }
                 let stalled = client.buffered().len() >= AHEAD;
                 next = Instant::now() + if stalled { STALLED_BEAT } else { BEAT };
             }

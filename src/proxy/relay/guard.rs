@@ -36,8 +36,21 @@ impl Fate {
 pub struct Asked {
     /// Since when.
     pub since: Instant,
-    /// Whether dockerd answers such a request at once.
-    pub prompt: bool,
+    /// When the daemon's kernel has last taken something of it.
+    pub sent: Instant,
+    /// How long dockerd takes for such a request.
+    pub pace: Pace,
+}
+
+/// How long dockerd takes to begin its answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pace {
+    /// It only reads or sets a value: at once, whatever it is about.
+    AtOnce,
+    /// It writes to the disk or starts a process: at once, or some seconds on a busy disk.
+    Soon,
+    /// A build, a stop with its grace, a wait, the logs of a silent container: any time.
+    Long,
 }
 
 /// Beside one socket.
@@ -68,9 +81,19 @@ impl Guard {
     }
 
     /// A request is on its way.
-    pub fn ask(&self, prompt: bool) {
-        self.state().asked = Some(Asked { since: Instant::now(), prompt });
+    pub fn ask(&self, pace: Pace) {
+        let now = Instant::now();
+        self.state().asked = Some(Asked { since: now, sent: now, pace });
         self.asking.store(true, Ordering::Relaxed);
+    }
+
+    /// The peer's kernel has taken more of it: an upload of minutes is not a wait of minutes.
+    pub(super) fn sent(&self) {
+        if self.asking.load(Ordering::Relaxed)
+            && let Some(asked) = &mut self.state().asked
+        {
+            asked.sent = Instant::now();
+        }
     }
 
     /// The peer has sent something, or nothing is expected of it any more.
@@ -175,8 +198,13 @@ mod tests {
         let (mut near, mut far) = tcp().await;
         let guard = Arc::new(Guard::default());
         near.guard(guard.clone());
-        guard.ask(true);
-        assert!(guard.asked().is_some_and(|a| a.prompt));
+        guard.ask(Pace::AtOnce);
+        let asked = guard.asked().unwrap();
+        near.write_all(b"GET").await.unwrap();
+        assert!(
+            guard.asked().is_some_and(|a| a.since == asked.since && a.sent > asked.sent),
+            "it progresses"
+        );
         super::super::testing::say(&mut far, "H").await;
         soon(near.fill()).await.unwrap();
         assert_eq!(guard.asked(), None);

@@ -16,7 +16,7 @@ use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::guard::Guard;
+use super::guard::{Guard, Pace};
 use super::head::{RequestHead, ResponseHead, Scanner};
 use crate::error::Error;
 use crate::provision::Stream;
@@ -108,10 +108,10 @@ impl Side {
         }
     }
 
-    /// A request is about to be sent; `prompt` if the peer will answer it at once.
-    pub fn ask(&self, prompt: bool) {
+    /// A request is about to be sent that the peer answers at this pace.
+    pub fn ask(&self, pace: Pace) {
         if let Some(guard) = &self.guard {
-            guard.ask(prompt);
+            guard.ask(pace);
         }
     }
 
@@ -234,6 +234,27 @@ impl Side {
         poll_fn(|cx| self.poll_flush(cx)).await?;
         poll_fn(|cx| Poll::Ready(self.send(cx, &[IoSlice::new(bytes)]))).await?;
         poll_fn(|cx| self.poll_flush(cx)).await
+    }
+
+    /// Whether the kernel has taken all that was accepted for the peer. Tries to write it, and does not wait.
+    ///
+    /// # Errors
+    /// What the socket says.
+    pub async fn is_flushed(&mut self) -> io::Result<bool> {
+        poll_fn(|cx| match self.poll_flush(cx) {
+            Poll::Ready(result) => Poll::Ready(result.map(|()| true)),
+            Poll::Pending => Poll::Ready(Ok(false)),
+        })
+        .await
+    }
+
+    /// Writes as much as the kernel takes now, and keeps the rest in front of what is written next. Only to be
+    /// called when [`Side::is_flushed`], which is what bounds the memory.
+    ///
+    /// # Errors
+    /// What the socket says.
+    pub async fn offer(&mut self, bytes: &[u8]) -> io::Result<()> {
+        poll_fn(|cx| Poll::Ready(self.send(cx, &[IoSlice::new(bytes)]))).await
     }
 
     /// Writes what is pending, then FIN; the other direction stays open.
@@ -433,6 +454,9 @@ impl Side {
         if n == 0 && !empty {
             return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
         }
+        if let Some(guard) = &self.guard {
+            guard.sent();
+        }
         Poll::Ready(Ok(n))
     }
 
@@ -564,6 +588,24 @@ mod tests {
         soon(seen(Peer::Finished)).await;
         reset(far);
         soon(seen(Peer::Reset)).await;
+    }
+
+    #[tokio::test]
+    async fn what_is_offered_to_a_peer_that_does_not_read_is_kept_and_waited_for_by_nobody() {
+        let (mut near, mut far) = tcp().await;
+        let mut offered = 0;
+        soon(async {
+            while near.is_flushed().await.unwrap() {
+                near.offer(&[b'x'; 65_536]).await.unwrap();
+                offered += 65_536;
+            }
+        })
+        .await;
+        assert!(near.pending() > 0, "the kernel has not taken it all");
+        let reader = tokio::spawn(async move { read_to_end(&mut far).await.0.len() });
+        soon(near.write_all(b"end")).await.unwrap();
+        near.close();
+        assert_eq!(soon(reader).await.unwrap(), offered + 3);
     }
 
     #[tokio::test]

@@ -65,7 +65,7 @@ pub(super) mod testing;
 
 pub use exchange::{DaemonFailure, Exchange, Observer, Options, Outcome, exchange, refuse};
 pub use framing::Body;
-pub use guard::{Asked, Fate, Guard};
+pub use guard::{Asked, Fate, Guard, Pace};
 pub use head::{Framing, MAX_HEAD, RequestHead, ResponseHead, Version};
 pub use io::{HeadError, Peer, Side};
 pub use refusal::Refusal;
