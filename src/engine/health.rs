@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `/info` is refused, or does not answer [`Config::eject_after`] times | out, whatever is left |
 //! | the deep probe, which writes, fails | out, as long as at most half of the pool is out for that |
-//! | work ends fast, or with a server error | asks for a deep probe, and counts against the daemon until that is over |
+//! | work fails fast (BuildKit's: ends fast), or with a server error | asks for a deep probe, and counts against the daemon until that is over |
 //! | `/info` answers, but slowly | counts against the daemon |
 //!
 //! A daemon comes back when it has been well for a time that grows with each ejection, and then takes one more
@@ -15,7 +15,8 @@ use super::{Config, Daemon, Engine, Timer, balancer, members};
 
 /// Work that ends within this time may have failed. Builds on a full disk end after 20 to 120 ms.
 const FAST: Time = Time::from_secs(1);
-/// Two fast ends within this time ask for a deep probe: a cached build ends as fast as one that fails.
+/// Two fast ends within this time ask for a deep probe: a user's mistake fails fast, too, and of a BuildKit build it is
+/// not seen whether it has failed or came from the cache.
 const FAST_PAIR: Time = Time::from_secs(10);
 /// The least time between the deep probes that work's ends ask for: one takes 6 to 130 ms of the daemon.
 const GAP: Time = Time::from_secs(1);
@@ -359,8 +360,8 @@ impl Engine {
         }
     }
 
-    /// A request that started work has ended: on a daemon whose disk is full it does so fast. A user's broken
-    /// Dockerfile ends fast as well, and so does a build from the cache, so this ejects nobody.
+    /// A request that started work has failed, or may have: on a daemon whose disk is full it does so fast. A user's
+    /// broken Dockerfile fails fast as well, and a BuildKit build from the cache looks the same, so this ejects nobody.
     pub(super) fn ended(&mut self, daemon: &DaemonId, erred: bool, lasted: Time, now: Time) {
         let Some(d) = self.daemons.get_mut(daemon) else { return };
         if d.state != State::Ready || d.health != Health::Healthy || self.config.deep_probe_interval.is_zero()

@@ -529,9 +529,18 @@ impl Engine {
     fn judge(&mut self, gone: &Open, outcome: Outcome, now: Time) {
         let Some(work) = gone.work else { return };
         let erred = outcome == Outcome::Erred;
-        // A container, a network and a BuildKit client that only lists workers are done at once when all is well.
-        let lasts = gone.unit == Unit::Build || matches!(work, Work::Build | Work::Load | Work::Pull);
-        if erred || (lasts && matches!(outcome, Outcome::Done | Outcome::DaemonFailed)) {
+        // A stream says whether it has failed, and a cached build that has not is done as fast as one that has. What
+        // comes of a BuildKit connection only its client sees; one that does not build is done at once when all is well.
+        let may_have_failed = match work {
+            Work::Build | Work::Load | Work::Pull => {
+                matches!(outcome, Outcome::Failed | Outcome::DaemonFailed)
+            }
+            Work::BuildKit if gone.unit == Unit::Build => {
+                matches!(outcome, Outcome::Done | Outcome::Failed | Outcome::DaemonFailed)
+            }
+            Work::BuildKit | Work::Container | Work::Resource => false,
+        };
+        if erred || may_have_failed {
             self.ended(&gone.daemon, erred, now.saturating_sub(gone.since), now);
         }
     }

@@ -216,6 +216,8 @@ pub enum Refusal {
 pub enum Outcome {
     /// Finished in order.
     Done,
+    /// Finished in order, and what it was to do was not done: its answer, or its stream, says so.
+    Failed,
     /// Finished in order, with a server error (500 or above) for an answer.
     Erred,
     /// The client went away.

@@ -9,8 +9,8 @@
 //! finds it by its id. Graph drivers read the image's document from disk and then miss its layer in memory
 //! ("layer does not exist", 20.10 to 28.5); with containerd's store (29) it is simply there.
 
-use std::collections::BTreeSet;
 use std::collections::hash_map::RandomState;
+use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{BuildHasher, Hasher};
 use std::time::Duration;
 
@@ -18,6 +18,7 @@ use bytes::Bytes;
 use http_body_util::BodyExt;
 use hyper::Method;
 use serde_json::Value;
+use tokio::time::Instant;
 
 use super::client::{self, CallError};
 use super::{Handle, Pool, about};
@@ -27,6 +28,10 @@ use crate::engine::model::{DeepProbe, Event};
 const SIZE: usize = 1 << 20;
 /// How long it may take: a busy disk has hundreds of milliseconds of writes before it.
 const DEADLINE: Duration = Duration::from_secs(10);
+
+/// What a probe has made is removed at once. What is still there after this time was made by one that was cut off: a
+/// marker is looked for within moments.
+const ABANDONED: Duration = Duration::from_secs(10);
 
 /// An image that was made to see whether it can be.
 struct Marker {
@@ -99,7 +104,7 @@ async fn marked(pool: &Pool, one: &Handle, other: &Handle) -> Kinship {
 async fn same_process(pool: &Pool, one: &Handle, other: &Handle) -> Kinship {
     let marker = format!("{}-{}-{}", about::PROBE, std::process::id(), pool.next_log_id());
     let deadline = pool.config().probe_deadline;
-    let body = serde_json::json!({ "Name": marker }).to_string();
+    let body = serde_json::json!({ "Name": marker, "Labels": { "dindpool": "probe" } }).to_string();
     let made = client::call(&one.endpoint, Method::POST, "/volumes/create", Some(body));
     let made = tokio::time::timeout(deadline, made).await;
     if !matches!(&made, Ok(Ok(response)) if response.status().is_success()) {
@@ -175,22 +180,71 @@ async fn remove(handle: &Handle, tag: &str) {
     let _ = tokio::time::timeout(DEADLINE, removed).await;
 }
 
-/// Removes what probes have left that were cut off half-way: what was there at the last deep probe already. What is
-/// new may be another proxy's, which looks for it this very moment.
-async fn sweep(handle: &Handle) {
-    let path = format!("/images/json?filters=%7B%22reference%22%3A%5B%22{}%22%5D%7D", about::PROBE);
-    let Ok(images) = client::json::<Value>(&handle.endpoint, &path, DEADLINE).await else { return };
-    let images = images.as_array().cloned().unwrap_or_default();
-    let tags = images.iter().flat_map(|i| i["RepoTags"].as_array().cloned().unwrap_or_default());
-    // A daemon that knows no such filter lists everything.
-    let tag = |reference: Value| {
-        Some(reference.as_str()?.strip_prefix(about::PROBE)?.strip_prefix(':')?.to_string())
+/// What a probe has made.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Made {
+    /// An image, by its tag.
+    Image(String),
+    /// A volume, by its name.
+    Volume(String),
+}
+
+/// Removes what probes have left that were cut off half-way, by a proxy that was killed or a daemon that went: what has
+/// been there for [`ABANDONED`]. What is newer may be another proxy's, which looks for it this very moment.
+pub(super) async fn sweep(handle: &Handle) {
+    let now = Instant::now();
+    let Ok(found) = made(handle).await else {
+        super::lock(&handle.leftovers).clear(); // The next one looks anew.
+        return;
     };
-    let tags: BTreeSet<String> = tags.filter_map(tag).collect();
-    let before = std::mem::replace(&mut *super::lock(&handle.leftovers), tags.clone());
-    for tag in tags.intersection(&before) {
-        remove(handle, tag).await;
+    let since: BTreeMap<Made, Instant> = {
+        let mut leftovers = super::lock(&handle.leftovers);
+        let since = |made: Made| {
+            let at = leftovers.get(&made).copied().unwrap_or(now);
+            (made, at)
+        };
+        let since: BTreeMap<Made, Instant> = found.into_iter().map(since).collect();
+        *leftovers = since.clone();
+        since
+    };
+    for made in since.into_iter().filter(|(_, at)| now - *at >= ABANDONED).map(|(made, _)| made) {
+        match &made {
+            Made::Image(tag) => remove(handle, tag).await,
+            Made::Volume(name) => {
+                let path = format!("/volumes/{name}");
+                let removed = client::call(&handle.endpoint, Method::DELETE, &path, None);
+                let _ = tokio::time::timeout(DEADLINE, removed).await;
+            }
+        }
+        super::lock(&handle.leftovers).remove(&made);
     }
+}
+
+/// Whether there is anything that may have to be swept, and when.
+pub(super) fn next_sweep(handle: &Handle) -> Option<Instant> {
+    super::lock(&handle.leftovers).values().min().map(|at| *at + ABANDONED)
+}
+
+/// What probes have made on a daemon and not removed (yet).
+async fn made(handle: &Handle) -> Result<BTreeSet<Made>, CallError> {
+    // {"reference":["dindpool-probe"]} and {"label":["dindpool=probe"]}
+    let images = format!("/images/json?filters=%7B%22reference%22%3A%5B%22{}%22%5D%7D", about::PROBE);
+    let volumes = "/volumes?filters=%7B%22label%22%3A%5B%22dindpool%3Dprobe%22%5D%7D";
+    let images: Value = client::json(&handle.endpoint, &images, DEADLINE).await?;
+    let volumes: Value = client::json(&handle.endpoint, volumes, DEADLINE).await?;
+    let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
+    // A daemon that knows no such filter lists everything.
+    let tag = |reference: &Value| {
+        Some(Made::Image(reference.as_str()?.strip_prefix(about::PROBE)?.strip_prefix(':')?.to_string()))
+    };
+    let name = |volume: &Value| {
+        let ours = volume["Labels"]["dindpool"] == "probe";
+        let name = volume["Name"].as_str().filter(|n| ours && n.starts_with(about::PROBE))?;
+        Some(Made::Volume(name.to_string()))
+    };
+    let tags =
+        list(&images).iter().flat_map(|i| list(&i["RepoTags"])).filter_map(|t| tag(&t)).collect::<Vec<_>>();
+    Ok(tags.into_iter().chain(list(&volumes["Volumes"]).iter().filter_map(name)).collect())
 }
 
 /// A tar with one file of noise: what compresses is not written (containerd's store compresses, as do some file

@@ -20,6 +20,8 @@ pub struct Lease {
     cut: Signal,
     /// It was answered with a server error.
     erred: AtomicBool,
+    /// It was answered with an error, or its stream says that it has failed.
+    failed: AtomicBool,
 }
 
 impl Lease {
@@ -34,6 +36,7 @@ impl Lease {
             outcome: Outcome::ClientGone,
             cut,
             erred: AtomicBool::new(false),
+            failed: AtomicBool::new(false),
         }
     }
 
@@ -80,6 +83,12 @@ impl Lease {
     /// The daemon's answer has this status.
     pub fn answered(&self, status: u16) {
         self.erred.store(status >= 500, Ordering::Relaxed);
+        self.failed.store(status >= 400, Ordering::Relaxed);
+    }
+
+    /// Its stream says that what it was to do has failed.
+    pub fn failed(&self) {
+        self.failed.store(true, Ordering::Relaxed);
     }
 
     /// The request has ended in this way.
@@ -92,6 +101,8 @@ impl Drop for Lease {
     fn drop(&mut self) {
         if self.outcome == Outcome::Done && self.erred.load(Ordering::Relaxed) {
             self.outcome = Outcome::Erred;
+        } else if self.outcome == Outcome::Done && self.failed.load(Ordering::Relaxed) {
+            self.outcome = Outcome::Failed;
         }
         if matches!(self.outcome, Outcome::DaemonFailed | Outcome::Unreached) {
             self.daemon.wake.notify_one();

@@ -11,7 +11,7 @@ pub mod status;
 mod ticket;
 mod watch;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
@@ -84,8 +84,10 @@ pub struct Handle {
     relist: Notify,
     /// When listing its images has failed last, if that was the last time.
     unlisted: Mutex<Option<Instant>>,
-    /// Images of deep probes that were on it at the last one.
-    leftovers: Mutex<BTreeSet<String>>,
+    /// It was met: look for what deep probes have left on it.
+    sweep: Notify,
+    /// What deep probes have made and was still there at the last look, and since when.
+    leftovers: Mutex<BTreeMap<deep::Made, tokio::time::Instant>>,
     /// When it could last not be told whether it shares its data root, if that was the last time.
     unsure: Mutex<Option<Instant>>,
     about: Mutex<Option<Arc<About>>>,
@@ -607,6 +609,7 @@ impl Pool {
                 relist: Notify::new(),
                 unlisted: Mutex::new(None),
                 unsure: Mutex::new(None),
+                sweep: Notify::new(),
                 leftovers: Mutex::default(),
                 about: Mutex::new(None),
                 silence: Mutex::new(None),

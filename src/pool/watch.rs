@@ -44,8 +44,14 @@ const UNSURE: Duration = Duration::from_secs(10);
 pub(super) async fn watch(pool: Arc<Pool>, handle: Arc<Handle>) {
     let deep = async {
         loop {
-            handle.deep.notified().await;
-            deep::probe(&pool, &handle).await;
+            let again = deep::next_sweep(&handle);
+            tokio::select! {
+                () = handle.deep.notified() => deep::probe(&pool, &handle).await,
+                () = handle.sweep.notified() => deep::sweep(&handle).await,
+                () = tokio::time::sleep_until(again.unwrap_or_else(Instant::now)), if again.is_some() => {
+                    deep::sweep(&handle).await;
+                }
+            }
         }
     };
     tokio::join!(meet(&pool, &handle), deep);
@@ -59,6 +65,7 @@ async fn meet(pool: &Arc<Pool>, handle: &Handle) {
                 let met = Instant::now();
                 probed(pool, handle, Probe::Answered(facts));
                 pool.meet(handle);
+                handle.sweep.notify_one();
                 follow(pool, handle, events, &mut identity).await;
                 // Something between that cuts every stream at once is no reason to list without a pause.
                 tokio::time::sleep_until(met + RETRY).await;

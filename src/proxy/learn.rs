@@ -23,7 +23,36 @@ pub struct Watcher<'a> {
     learn: Option<&'a Learn>,
     named: &'a Named,
     json_stream: bool,
+    failure: FailureLine,
     body: Vec<u8>,
+}
+
+/// Finds the line of a stream that says that a build, pull or load has failed: the others have no such key, and within a
+/// string its quotes would be escaped.
+#[derive(Debug, Default)]
+struct FailureLine {
+    /// How much of the key has been seen, up to the last byte.
+    seen: usize,
+}
+
+const FAILURE: &[u8] = b"\"errorDetail\"";
+
+impl FailureLine {
+    /// Takes in the next bytes. Whether the key ends among them.
+    fn is_in(&mut self, payload: &[u8]) -> bool {
+        for byte in payload {
+            self.seen = match FAILURE[self.seen] {
+                expected if expected == *byte => self.seen + 1,
+                // The quote that ends another string, or begins the key.
+                _ => usize::from(*byte == FAILURE[0]),
+            };
+            if self.seen == FAILURE.len() {
+                self.seen = 0;
+                return true;
+            }
+        }
+        false
+    }
 }
 
 /// What a create request itself says about the object that comes of it.
@@ -39,7 +68,7 @@ impl<'a> Watcher<'a> {
     /// `named` is what the request calls the new object; `json_stream` says that the CLI prints an error that is
     /// put into the response.
     pub fn new(lease: &'a Lease, learn: Option<&'a Learn>, named: &'a Named, json_stream: bool) -> Self {
-        Watcher { lease, learn, named, json_stream, body: Vec::new() }
+        Watcher { lease, learn, named, json_stream, failure: FailureLine::default(), body: Vec::new() }
     }
 
     fn read(&mut self, learn: &Learn) -> Option<Fact> {
@@ -82,6 +111,9 @@ impl Observer for Watcher<'_> {
     }
 
     fn response_body(&mut self, payload: &[u8]) {
+        if self.json_stream && self.failure.is_in(payload) {
+            self.lease.failed();
+        }
         let Some(learn) = self.learn else { return };
         if self.body.len() + payload.len() > MAX_BODY {
             self.learn = None;
@@ -108,5 +140,32 @@ impl Observer for Watcher<'_> {
     fn broken_stream(&mut self, failure: &io::Error) -> Option<String> {
         let message = format!("lost the connection to daemon {}: {failure}", self.lease.daemon().id);
         self.json_stream.then(|| Error::new(ErrorKind::DaemonUnreachable, message).stream_line())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stream_has_failed_when_a_line_says_so_wherever_it_is_cut() {
+        let failed = |parts: &[&[u8]]| {
+            let mut line = FailureLine::default();
+            parts.iter().filter(|part| line.is_in(part)).count() > 0
+        };
+        let stream = concat!(
+            "{\"stream\":\"Step 1/2 : FROM scratch\\n\"}\r\n",
+            "{\"errorDetail\":{\"code\":1,\"message\":\"no space left on device\"},\"error\":\"no space\"}\r\n"
+        );
+        for at in 0..stream.len() {
+            let (one, other) = stream.as_bytes().split_at(at);
+            assert!(failed(&[one, other]), "cut at {at}");
+        }
+        assert!(stream.bytes().scan(FailureLine::default(), |l, b| Some(l.is_in(&[b]))).any(|found| found));
+        assert!(failed(&[b"{\"stream\":\"\"errorDetail\":{}}"]), "a quote may end another string");
+        let printed =
+            serde_json::json!({ "stream": "{\"errorDetail\":{\"message\":\"printed by a test\"}}" });
+        assert!(!failed(&[printed.to_string().as_bytes()]), "what a build prints is no failure of it");
+        assert!(!failed(&[b"{\"aux\":{\"ID\":\"sha256:12\"}}\r\n{\"stream\":\"Successfully built 12\\n\"}"]));
     }
 }

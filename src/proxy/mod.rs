@@ -844,7 +844,7 @@ fn class_word(class: Class) -> &'static str {
 
 fn word(outcome: Outcome) -> &'static str {
     match outcome {
-        Outcome::Done | Outcome::Erred => "done",
+        Outcome::Done | Outcome::Failed | Outcome::Erred => "done",
         Outcome::ClientGone => "client-gone",
         Outcome::DaemonFailed => "daemon-failed",
         Outcome::Unreached => "unreached",

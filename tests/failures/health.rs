@@ -206,15 +206,26 @@ fn deep_probes_leave_nothing_and_are_nobodys() {
         let tar = parts::busybox("rootfs.tar");
         // What a probe leaves that is cut off half-way.
         direct.ok(&format!("docker import {} dindpool-probe:left", tar.display()));
+        direct.ok("docker volume create --label dindpool=probe dindpool-probe-1-2");
+        direct.ok("docker volume create dindpool-probe-data");
         let pool = Pool::serve([&daemon.addr]).env("DINDPOOL_DEEP_PROBE_INTERVAL", "300ms").start();
         pool.wait_healthy(1, secs(20));
         let probed = || metric(&pool, "dindpool_probes_total{kind=\"deep\",outcome=\"answered\"}");
         wait_until("some probes", secs(30), || probed() >= 4.0);
-        wait_until("nothing is left", secs(5), || direct.ok("docker images -aq").trim().is_empty());
+        wait_until("nothing is left", secs(20), || {
+            let volumes = direct.ok("docker volume ls -q");
+            direct.ok("docker images -aq").trim().is_empty() && volumes.trim() == "dindpool-probe-data"
+        });
         let status = pool.status();
         assert_eq!(status["images"], 0, "the pool knows of none: {status}");
         assert_eq!(status["sessions"].as_array().map(Vec::len), Some(0), "{status}");
         assert_eq!(status["daemons"][0]["used"], 0, "it is no work: {status}");
+        // Where there are no deep probes, another proxy's are swept all the same when the daemon is met.
+        drop(pool);
+        direct.ok(&format!("docker import {} dindpool-probe:left", tar.display()));
+        let pool = Pool::serve([&daemon.addr]).env("DINDPOOL_DEEP_PROBE_INTERVAL", "0s").start();
+        pool.wait_healthy(1, secs(20));
+        wait_until("it is swept", secs(20), || direct.ok("docker images -aq").trim().is_empty());
     }
 }
 

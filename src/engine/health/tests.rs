@@ -82,6 +82,10 @@ impl Pool {
 
     /// A session starts a build.
     fn build(&mut self, key: &str) -> Option<(OpenId, DaemonId)> {
+        self.work(key, Work::Build)
+    }
+
+    fn work(&mut self, key: &str, work: Work) -> Option<(OpenId, DaemonId)> {
         self.requests += 1;
         let acquire = Acquire {
             request: RequestId(self.requests),
@@ -90,7 +94,7 @@ impl Pool {
             source: None,
             inside: None,
             shares_names: true,
-            class: Class::Work(Work::Build),
+            class: Class::Work(work),
             target: None,
             requirements: Requirements::default(),
             deadline: None,
@@ -293,17 +297,17 @@ fn without_an_interval_there_are_no_deep_probes() {
 }
 
 #[test]
-fn fast_ends_ask_for_a_deep_probe_and_eject_nobody() {
+fn fast_failures_ask_for_a_deep_probe_and_eject_nobody() {
     let mut pool = Pool::of(1, 4);
-    pool.builds("k1", MOMENT, Outcome::Done);
+    pool.builds("k1", MOMENT, Outcome::Failed);
     assert_eq!(pool.deep_probes(), 0, "one proves nothing");
-    pool.builds("k2", MOMENT, Outcome::Done);
+    pool.builds("k2", MOMENT, Outcome::Failed);
     assert_eq!(pool.deep_probes(), 1);
     pool.wrote("a", DeepProbe::Wrote);
     let mut asked = 0;
     for i in 0..100 {
-        // A cached build each tenth of a second: a deep probe each five seconds.
-        pool.builds(&format!("c{i}"), MOMENT * 2, Outcome::Done);
+        // A broken Dockerfile each tenth of a second: a deep probe each five seconds.
+        pool.builds(&format!("c{i}"), MOMENT * 2, Outcome::Failed);
         if pool.deep_probes() > 0 {
             asked += 1;
             pool.wrote("a", DeepProbe::Wrote);
@@ -315,9 +319,30 @@ fn fast_ends_ask_for_a_deep_probe_and_eject_nobody() {
     pool.wrote("a", DeepProbe::Wrote);
     pool.deep_probes();
     for i in 0..20 {
-        pool.builds(&format!("l{i}"), FAST, Outcome::Done);
+        pool.builds(&format!("l{i}"), FAST, Outcome::Failed);
     }
     assert_eq!(pool.deep_probes(), 0, "builds that last are fine");
+}
+
+#[test]
+fn what_succeeds_fast_is_no_reason_for_anything_and_of_buildkit_nobody_knows() {
+    let mut pool = Pool::of(1, 4);
+    for (i, work) in [Work::Build, Work::Pull, Work::Load].into_iter().cycle().take(9).enumerate() {
+        let (open, _) = pool.work(&format!("k{i}"), work).expect("a free slot");
+        pool.pass(MOMENT);
+        pool.ends(open, Outcome::Done);
+    }
+    assert_eq!(pool.deep_probes(), 0, "from the cache, there already, small");
+    assert_eq!(pool.daemon("a").expected_load(), 0);
+    for i in 0..4 {
+        let (open, _) = pool.work(&format!("b{i}"), Work::BuildKit).expect("a free slot");
+        if i >= 2 {
+            pool.tell(Event::BuildSeen(open));
+        }
+        pool.pass(MOMENT);
+        pool.ends(open, Outcome::Done);
+        assert_eq!(pool.deep_probes(), usize::from(i == 3), "one that does not build says nothing");
+    }
 }
 
 #[test]
