@@ -8,11 +8,13 @@ mod common;
 use std::path::Path;
 
 use common::client::{self, Session};
-use common::daemon::Daemon;
+use common::daemon::{Daemon, where_is};
 use common::http::Addr;
 use common::netns::{Bridge, listen_inside};
-use common::pool::Pool;
-use common::{parts, poll, secs, unique, wait_until};
+use common::pool::{Pool, PoolBuilder};
+use common::registry::Registry;
+use common::scenarios::Scenarios;
+use common::{holds_for, parts, poll, secs, unique, wait_until};
 use serde_json::Value;
 
 /// A terminal that speaks with one daemon, past every pool.
@@ -55,7 +57,7 @@ fn a_client_in_a_container_never_waits_for_the_slot_of_its_own_parent() {
     let bridge = Bridge::new(1);
     let listen = format!("tcp://{}:0", bridge.ip);
     let settings = [("SLOTS", "1"), ("QUEUE_LIMIT", "1"), ("SESSION_GRACE", "2s"), ("SLOT_LINGER", "100ms")];
-    let with = |pool: common::pool::PoolBuilder| {
+    let with = |pool: PoolBuilder| {
         settings.iter().fold(pool, |pool, (name, value)| pool.env(&format!("DINDPOOL_{name}"), value))
     };
     let up = with(Pool::up(&[dockerd], 1).listen(&listen)).start();
@@ -139,4 +141,307 @@ fn inside_a_container(pool: &Pool, daemon: &Daemon, bridge: &Bridge) {
     run.wait_ok(secs(30));
     waiting.wait_ok(secs(30));
     parent.ok(&format!("docker rm -f left-{mark}"));
+}
+
+/// An image that prints its mark, and carries it as a label.
+const APP: &str =
+    "FROM base:1\nARG MARK\nLABEL mark=$MARK\nRUN echo $MARK >/mark\nCMD [\"cat\", \"/mark\"]\n";
+
+/// Two daemons that have `base:1`, and a registry. Each story puts a proxy of its own in front of them.
+struct Lab {
+    registry: Registry,
+    daemons: Vec<Daemon>,
+    _up: Pool,
+}
+
+impl Lab {
+    fn start() -> Result<Lab, String> {
+        parts::all(&[
+            "busybox/rootfs.tar",
+            "registry/docker-registry",
+            "cli-28/docker",
+            "buildx-0.29/docker-buildx",
+            "compose-2.26/docker-compose",
+        ])?;
+        let dockerd = parts::dockerd("28.5")?;
+        let registry = Registry::start();
+        let up = Pool::up(&[dockerd], 2).arg(registry.dockerd_arg()).start();
+        up.wait_healthy(2, secs(60));
+        let daemons = up.daemons();
+        daemons.iter().for_each(import_base);
+        Ok(Lab { registry, daemons, _up: up })
+    }
+
+    /// A proxy in front of both. Minutes are a second here: a session's grace and what it keeps its slot for.
+    fn pool(&self) -> PoolBuilder {
+        Pool::serve(self.daemons.iter().map(|d| &d.addr))
+            .env("DINDPOOL_SESSION_GRACE", "1s")
+            .env("DINDPOOL_SLOT_LINGER", "100ms")
+    }
+
+    fn serve(&self, pool: PoolBuilder) -> Pool {
+        let pool = pool.start();
+        pool.wait_healthy(self.daemons.len(), secs(20));
+        pool
+    }
+}
+
+/// A job of a CI system on the proxy's machine.
+fn ci_job(pool: &Pool, id: &str) -> Session {
+    let job = Session::with(&pool.host(), client::BUILDX_29).env("CI_JOB_ID", id).open();
+    job.context("ctx", APP);
+    job
+}
+
+#[test]
+fn the_walk_throughs_of_the_design_hold() {
+    let lab = &require!(Lab::start());
+    let mut all = Scenarios::new("walk-through");
+    all.alone("four concurrent jobs of one CI agent use equal tags, and none sees another's", || {
+        one_agent(lab);
+    });
+    all.alone(
+        "a compose project that was quiet for longer than any grace goes down where it went up",
+        || {
+            quiet_project(lab);
+        },
+    );
+    all.alone("twenty jobs behind one address build and run, and nothing crosses", || behind_nat(lab));
+    all.alone("one job builds, another pushes, and what is pushed is the latest", || {
+        build_then_push(lab);
+    });
+    all.alone("who gets a former client's address works at once, also when its daemon has gone", || {
+        reused_address(lab);
+    });
+    all.run(1);
+}
+
+/// The jobs are children of one shell, so of one POSIX session: only their environment tells them apart. They come
+/// from one repository, so their tags are equal, and each begins by clearing away what an earlier run has left: all but
+/// the first do so when that has built, and has not used its image yet.
+fn one_agent(lab: &Lab) {
+    // A slot each, which a job keeps between its commands: so two of them are never on a daemon at the same time.
+    let pool = lab.pool().env("DINDPOOL_SLOTS", "1").env("DINDPOOL_SLOT_LINGER", "5s");
+    let pool = lab.serve(pool);
+    let agent = Session::new(&pool.host(), client::BUILDX_29);
+    agent.context("ctx", APP);
+    let tag = format!("app{}:latest", unique());
+    let wait = |what: &str| format!("until test -e {what}; do sleep 0.05; done\n");
+    let jobs: Vec<_> = (0..4)
+        .map(|n| {
+            let mark = unique();
+            let first = n == 0;
+            let script = format!(
+                "export CI_JOB_ID={mark} DOCKER_BUILDKIT={kit}\n\
+                 {after}docker rmi -f {tag} >/dev/null 2>&1; touch cleared-{n}\n\
+                 docker build -q --no-cache --network none --build-arg MARK={mark} -t {tag} ctx >/dev/null || exit 1\n\
+                 touch built-{n}\n{before}\
+                 docker run --rm --network none {tag} || exit 2\n\
+                 docker image inspect -f '{{{{.Config.Labels.mark}}}}' {tag} || exit 3\n\
+                 docker rmi {tag} >/dev/null || exit 4\n",
+                kit = n % 2,
+                after = if first { String::new() } else { wait("built-0") },
+                before = if first { [1, 2, 3].map(|n| wait(&format!("cleared-{n}"))).concat() } else { String::new() },
+            );
+            (agent.start(&script), mark)
+        })
+        .collect();
+    for (job, mark) in &jobs {
+        let out = job.wait(secs(60));
+        assert_eq!((out.code, out.stdout), (0, format!("{mark}\n{mark}\n")), "{}", out.stderr);
+    }
+    assert_eq!(where_is(&lab.daemons, |d| d.has_image(&tag)), Vec::<String>::new(), "all have cleared up");
+
+    // The control, and the limit of it: on one daemon at the same time equal tags are one image.
+    let one = Pool::serve([&lab.daemons[0].addr]).start();
+    one.wait_healthy(1, secs(20));
+    let (first, second) = (ci_job(&one, &unique()), ci_job(&one, &unique()));
+    first.ok(&format!("docker build -q --network none --build-arg MARK=first -t {tag} ctx"));
+    second.ok(&format!("docker build -q --network none --build-arg MARK=second -t {tag} ctx"));
+    assert_eq!(first.ok(&format!("docker run --rm --network none {tag}")), "second\n");
+    second.ok(&format!("docker rmi {tag}"));
+}
+
+const PROJECT: &str = "services:\n  \
+     web: { image: 'base:1', command: 'sleep 600', stop_signal: SIGKILL, volumes: [ 'data:/data' ] }\n  \
+     db: { image: 'base:1', command: 'sleep 600', stop_signal: SIGKILL }\n\
+     volumes: { data: {} }\n";
+
+/// Twenty quiet minutes are four times the grace of a session (5 min). Here the grace is 1 s and the quiet lasts for
+/// more than four of it, so the same decisions are made. Two jobs have a project of the same name, on a daemon each.
+fn quiet_project(lab: &Lab) {
+    let pool = lab.serve(lab.pool());
+    let name = format!("p{}", unique());
+    let whole = |d: &Daemon| {
+        d.labelled(&format!("com.docker.compose.project={name}")).len() == 2
+            && d.has_network(&format!("{name}_default"))
+            && d.has_volume(&format!("{name}_data"))
+    };
+    let jobs: Vec<Session> = (0..2)
+        .map(|n| {
+            let job = ci_job(&pool, &unique());
+            job.write("compose.yaml", PROJECT);
+            job.write(".env", format!("COMPOSE_PROJECT_NAME={name}\n"));
+            job.ok("docker compose up -d");
+            assert_eq!(where_is(&lab.daemons, whole).len(), n + 1, "on a daemon of its own");
+            job
+        })
+        .collect();
+    assert!(lab.daemons.iter().all(whole), "a project on each daemon");
+    let running = || lab.daemons.iter().all(whole) && pool.sessions().len() == 2;
+    holds_for("leases live while containers run, however quiet", secs(5), running);
+    down(lab, &name, &jobs[0], whole);
+
+    // The other one's containers end, and with them its lease: what is left is what it owns.
+    let home = lab.daemons.iter().find(|d| whole(d)).unwrap();
+    direct(home).ok(&format!("docker kill {name}-web-1 {name}-db-1"));
+    pool.wait_no_sessions(secs(20));
+    assert!(whole(home));
+    down(lab, &name, &jobs[1], whole);
+}
+
+/// Takes a job's project down: that is gone, whole, and whatever else is there stays.
+fn down(lab: &Lab, name: &str, job: &Session, whole: impl Fn(&Daemon) -> bool) {
+    let before = where_is(&lab.daemons, &whole);
+    let out = job.run("docker compose down -v");
+    assert_eq!(out.code, 0, "{}", out.all());
+    let after = where_is(&lab.daemons, &whole);
+    assert_eq!(after.len() + 1, before.len(), "one project went: {}", out.all());
+    for daemon in lab.daemons.iter().filter(|d| !after.contains(&d.id)) {
+        assert!(daemon.labelled(&format!("com.docker.compose.project={name}")).is_empty(), "{}", daemon.id);
+        assert!(!daemon.has_network(&format!("{name}_default")), "{}: a network stayed", daemon.id);
+        assert!(!daemon.has_volume(&format!("{name}_data")), "{}: a volume stayed", daemon.id);
+    }
+}
+
+/// Whoever comes through one address is one session, so one daemon has them all, and each further build of theirs takes
+/// a slot there. Half of them name their session in the path, which BuildKit's connections do not carry.
+fn behind_nat(lab: &Lab) {
+    let bridge = Bridge::new(1);
+    let pool = lab.pool().env("DINDPOOL_SLOTS", "4").listen(&format!("tcp://{}:0", bridge.ip));
+    let pool = lab.serve(pool);
+    let host = pool.listener(&bridge.ip).url();
+    let jobs: Vec<_> = (0..20)
+        .map(|n| {
+            let (flavour, mark) = ([client::BUILDX_29, client::CLI_28][n % 2], unique());
+            let host = if n % 4 < 2 { host.clone() } else { format!("{host}/s/job-{mark}") };
+            let job = Session::with(&host, flavour).netns(&bridge.namespaces[0]).open();
+            job.context("ctx", APP);
+            let run = job.start(&format!(
+                "docker build -q --network none --build-arg MARK={mark} -t nat{mark} ctx >/dev/null &&\n\
+                 docker run --name nat{mark} --network none nat{mark}"
+            ));
+            (job, run, mark)
+        })
+        .collect();
+    for (_, run, mark) in &jobs {
+        assert_eq!(run.wait_ok(secs(120)), format!("{mark}\n"));
+    }
+    let mut homes = Vec::new();
+    for (job, _, mark) in &jobs {
+        let images = where_is(&lab.daemons, |d| d.has_image(&format!("nat{mark}")));
+        let containers = where_is(&lab.daemons, |d| d.has_container(&format!("nat{mark}")));
+        assert_eq!((images.len(), &images), (1, &containers), "split: {images:?} {containers:?}");
+        homes.extend(images);
+        job.ok(&format!("docker rm nat{mark}"));
+    }
+    homes.sort();
+    homes.dedup();
+    assert_eq!(homes.len(), 1, "one address is one session");
+}
+
+/// Two jobs build the same tag on a daemon each. The third job pushes: what the second one built.
+fn build_then_push(lab: &Lab) {
+    let pool = lab.serve(lab.pool().env("DINDPOOL_SESSION_GRACE", "5s"));
+    let image = format!("{}/app{}:1", lab.registry.name, unique());
+    let repository = image.split_once('/').unwrap().1.split_once(':').unwrap().0;
+    let mut builders = Vec::new();
+    for mark in ["older", "newer"] {
+        let job = ci_job(&pool, &unique());
+        job.ok(&format!("docker build --network none --build-arg MARK={mark} -t {image} ctx"));
+        builders.push(job);
+    }
+    let mark = |d: &Daemon| d.get(&format!("/images/{image}/json"))["Config"]["Labels"]["mark"].clone();
+    let mut marks: Vec<Value> = lab.daemons.iter().map(mark).collect();
+    marks.sort_by_key(Value::to_string);
+    assert_eq!(marks, ["newer", "older"], "an image of that name on each daemon");
+    drop(builders);
+    pool.wait_no_sessions(secs(20));
+
+    let pusher = ci_job(&pool, &unique());
+    pusher.ok(&format!("docker push {image}"));
+    assert_eq!(lab.registry.tags(repository), ["1"]);
+    for daemon in &lab.daemons {
+        let terminal = direct(daemon);
+        terminal.ok(&format!("docker rmi {image}"));
+        // The control: where it is not, it cannot be pushed.
+        let refused = terminal.fails(&format!("docker push {image}"));
+        assert!(refused.stderr.contains("does not exist"), "{}", refused.all());
+        terminal.ok(&format!("docker pull {image}"));
+        assert_eq!(mark(daemon), "newer");
+    }
+}
+
+/// A pod goes and leaves a container and an image that nobody pushed; the next one gets its address. Until pods are
+/// watched, the proxy cannot tell the two apart: the new one is put where the old one's things are.
+fn reused_address(lab: &Lab) {
+    let bridge = Bridge::new(1);
+    let list = |daemons: &[&Daemon]| {
+        let urls: Vec<String> = daemons.iter().map(|d| format!("\"{}\"", d.addr.url())).collect();
+        format!("daemons = [{}]\n", urls.join(", "))
+    };
+    let files = common::short_dir();
+    let file = files.path().join("dindpool.toml");
+    std::fs::write(&file, list(&lab.daemons.iter().collect::<Vec<_>>())).unwrap();
+    let pool = Pool::serve([])
+        .env("DINDPOOL_SESSION_GRACE", "1s")
+        .env("DINDPOOL_SLOT_LINGER", "100ms")
+        .arg("--config")
+        .arg(file.display().to_string())
+        .listen(&format!("tcp://{}:0", bridge.ip));
+    let pool = lab.serve(pool);
+    let host = pool.listener(&bridge.ip).url();
+    let pod = || {
+        let pod = Session::with(&host, client::BUILDX_29).netns(&bridge.namespaces[0]).open();
+        pod.context("ctx", APP);
+        pod
+    };
+    // What a job does first, without a thought of anybody before it.
+    let works = |pod: &Session, mark: &str| {
+        let script = format!(
+            "docker version && docker info && docker ps && docker images || exit 1\n\
+             docker build --network none --build-arg MARK={mark} -t pod{mark} ctx || exit 2\n\
+             docker run --name pod{mark} --network none pod{mark} >ran || exit 3"
+        );
+        let out = pod.run(&script);
+        assert_eq!(out.code, 0, "{}", out.all());
+        assert_eq!(std::fs::read_to_string(pod.path("ran")).unwrap(), format!("{mark}\n"));
+        let homes = where_is(&lab.daemons, |d| d.has_container(&format!("pod{mark}")));
+        assert_eq!(homes, where_is(&lab.daemons, |d| d.has_image(&format!("pod{mark}"))));
+        assert_eq!(homes.len(), 1);
+        homes[0].clone()
+    };
+    let marks = [unique(), unique(), unique()];
+    let first = pod();
+    let home = works(&first, &marks[0]);
+    drop(first);
+    bridge.replace(0);
+    pool.wait_no_sessions(secs(20)); // the grace; after it nothing of the first pod is left but what it owns
+
+    let second = pod();
+    assert_eq!(works(&second, &marks[1]), home, "today: where the former one's things are");
+    let seen = second.ok("docker ps -a --format '{{.Names}}'");
+    assert!(seen.contains(&format!("pod{}", marks[0])), "today: it sees them, {seen}");
+    drop(second);
+    bridge.replace(0);
+    pool.wait_no_sessions(secs(20));
+
+    // Their daemon goes for good.
+    let left = lab.daemons.iter().find(|d| d.id != home).unwrap();
+    std::fs::write(&file, list(&[left])).unwrap();
+    pool.reload();
+    wait_until("one daemon is left", secs(20), || pool.daemons().len() == 1);
+    let third = pod();
+    assert_eq!(works(&third, &marks[2]), left.id, "and no word of what was lost");
+    lab.daemons.iter().for_each(Daemon::remove_containers);
 }

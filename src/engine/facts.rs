@@ -113,6 +113,10 @@ impl Engine {
             return; // Told twice.
         }
         object.owners.push(key.clone());
+        if let Some(project) = object.project.clone() {
+            self.objects.join(daemon, &project, key);
+        }
+        let Some(object) = self.objects.get_mut(daemon, kind, id) else { return };
         let home = session.home.as_ref().is_some_and(|h| h.daemon == *daemon);
         if home && matches!(kind, Kind::Container | Kind::Network | Kind::Volume) {
             session.owned.insert(Owned::Object(kind, id.to_string()));

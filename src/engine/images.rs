@@ -346,6 +346,13 @@ impl Images {
             .is_some_and(|e| e.makers.contains(key))
     }
 
+    /// Who made what is called `reference`, and where.
+    pub fn makers(&self, reference: &str, tenant: &Tenant) -> impl Iterator<Item = (&DaemonId, &SessionKey)> {
+        let entries = self.references.get(reference).into_iter().flatten();
+        let entries = entries.filter(move |(_, e)| e.visible(tenant));
+        entries.flat_map(|(daemon, e)| e.makers.iter().map(move |maker| (daemon, maker)))
+    }
+
     /// Whether an image that `key` made on `daemon` exists nowhere else.
     #[cfg(test)]
     pub fn holds(&self, key: &SessionKey, daemon: &DaemonId) -> bool {

@@ -110,6 +110,8 @@ pub enum Class {
     Join,
     /// Acts on what exists (exec, attach, start, push, delete): follows objects and the session, binds nothing.
     Follow,
+    /// Removes an image: the same, but not by a name that another session has made for what it works with.
+    Remove,
     /// Reads (lists, events): a preference only.
     Read,
     /// Any daemon will do (info, auth, search, distribution).
@@ -154,6 +156,9 @@ pub struct Requirements {
     /// Other objects that a new container refers to: containers whose network or volumes it shares,
     /// networks, named volumes.
     pub beside: Vec<ObjectRef>,
+    /// What it is going to make, by name: daemons where another's of that name is in its way are left out, as long as
+    /// others are there.
+    pub apart: Vec<ObjectRef>,
     /// What is built, a preference for daemons that have built it before.
     pub project: Option<ProjectKey>,
 }

@@ -119,8 +119,32 @@ impl Objects {
             return; // Told twice; a label does not change.
         }
         object.project = Some(project.to_string());
-        let tenant = object.tenant.clone();
+        let (tenant, owners) = (object.tenant.clone(), object.owners.clone());
         self.hold(daemon, Kind::Project, project, tenant.as_ref(), now);
+        owners.iter().for_each(|owner| self.join(daemon, project, owner));
+    }
+
+    /// A session has made something of a compose project.
+    pub fn join(&mut self, daemon: &DaemonId, project: &str, owner: &SessionKey) {
+        if let Some(object) = self.get_mut(daemon, Kind::Project, project)
+            && !object.owners.contains(owner)
+        {
+            object.owners.push(owner.clone());
+        }
+    }
+
+    /// Where a compose project is, and who has made anything of it there.
+    pub fn project(&self, name: &str) -> impl Iterator<Item = (&DaemonId, &[SessionKey])> {
+        let entry = self.by_id.get(&(Kind::Project, name.to_string())).into_iter().flatten();
+        entry.map(|(daemon, o)| (daemon, &o.owners[..]))
+    }
+
+    /// Whether anything of this kind and name, whoever's it is, is on `daemon`.
+    pub fn has_named(&self, daemon: &DaemonId, kind: Kind, name: &str) -> bool {
+        let named = self.by_name.get(&(kind, name.to_string()));
+        named.is_some_and(|set| {
+            set.range((daemon.clone(), String::new())..).next().is_some_and(|(d, _)| d == daemon)
+        })
     }
 
     fn unname(&mut self, kind: Kind, name: &str, daemon: &DaemonId, id: &str) {

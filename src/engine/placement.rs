@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::balancer;
 use super::images::Found;
 use super::model::*;
+use super::session::Session;
 use super::{Daemon, Engine};
 
 /// The decision about one request.
@@ -31,8 +32,18 @@ impl Engine {
         {
             return placement;
         }
+        if acquire.class == Class::Remove
+            && let Some(image) = &acquire.requirements.image
+            && !acquire.shares_names
+            && self.is_in_others_hands(acquire, image)
+        {
+            let name = image.strip_prefix("docker.io/library/").unwrap_or(image);
+            let message =
+                format!("No such image: {name} (one of this name is of another session, which works)");
+            return Placement::Refuse(Refusal::NotFound(message));
+        }
         if let Some(image) = &acquire.requirements.image
-            && acquire.class == Class::Follow
+            && matches!(acquire.class, Class::Follow | Class::Remove)
             && self.images.find(image, &acquire.tenant) == Found::Nowhere
             && let Some(lost) = self.tell_lost(&acquire.key)
         {
@@ -50,6 +61,13 @@ impl Engine {
         let daemons = self.objects.resolve(target.kind, &target.reference, &acquire.tenant);
         if own.as_ref().is_some_and(|own| daemons.contains(own)) {
             return None; // It is where the session is.
+        }
+        if target.kind == Kind::Project && !acquire.shares_names {
+            return if own.is_some() {
+                None
+            } else {
+                self.place_project(acquire, &target.reference, &daemons)
+            };
         }
         let strangers = !daemons.is_empty();
         let daemons = self.elsewhere(acquire, target);
@@ -89,10 +107,79 @@ impl Engine {
         }
     }
 
+    /// Where a job looks for its compose project, when it has no daemon: not at one of that name which another
+    /// session has made. It would take that over, or down: compose goes by labels.
+    fn place_project(&mut self, acquire: &Acquire, name: &str, daemons: &[DaemonId]) -> Option<Placement> {
+        let taken = self.taken(acquire, name);
+        if taken.is_empty() && daemons.len() != 1 {
+            return None;
+        }
+        if let [one] = &daemons.iter().filter(|d| !taken.contains(d)).collect::<Vec<_>>()[..] {
+            return Some(Placement::Route((*one).clone()));
+        }
+        let able = able(&self.daemons, acquire).into_iter().filter(|d| !taken.contains(&d.id));
+        let free = balancer::rendezvous(able, acquire.key.as_str()).cloned();
+        Some(free.map_or_else(
+            || {
+                let taken: Vec<DaemonId> = taken.into_iter().collect();
+                Placement::Refuse(Refusal::Ambiguous(format!(
+                    "compose project {name} is another session's on every daemon of the pool ({}): give this one a \
+                     name of its own (COMPOSE_PROJECT_NAME)",
+                    names(&taken)
+                )))
+            },
+            Placement::Any,
+        ))
+    }
+
+    /// Where a compose project of this name is another session's.
+    fn taken(&self, acquire: &Acquire, name: &str) -> BTreeSet<DaemonId> {
+        let others = |owners: &[SessionKey]| {
+            !owners.is_empty() && !owners.iter().any(|owner| self.is_of_client(acquire, owner))
+        };
+        let taken = self.objects.project(name).filter(|(_, owners)| others(owners));
+        taken.map(|(daemon, _)| daemon.clone()).collect()
+    }
+
+    /// Those daemons where nothing is in the way of what is going to be made; all of them, if something is everywhere.
+    fn apart<'a>(&self, acquire: &Acquire, able: Vec<&'a Daemon>) -> Vec<&'a Daemon> {
+        let in_the_way = |d: &Daemon| {
+            acquire.requirements.apart.iter().any(|o| match o.kind {
+                Kind::Project => self.taken(acquire, &o.reference).contains(&d.id),
+                kind => self.objects.has_named(&d.id, kind, &o.reference),
+            })
+        };
+        let free: Vec<&Daemon> = able.iter().copied().filter(|d| !in_the_way(d)).collect();
+        if free.is_empty() { able } else { free }
+    }
+
     /// Where else something is that this session may mean by a name, or what has this full id.
     fn elsewhere(&self, acquire: &Acquire, object: &ObjectRef) -> Vec<DaemonId> {
         let only = (!acquire.shares_names).then_some(&acquire.key);
         self.objects.resolve_for(object.kind, &object.reference, &acquire.tenant, only)
+    }
+
+    /// Whether the image of this name is one that a session at work has made, and not this one or another of its
+    /// client's. Jobs of one repository use the same tags and begin by clearing them away; between another one's
+    /// build and its run that must not hit what it has just built.
+    fn is_in_others_hands(&self, acquire: &Acquire, image: &str) -> bool {
+        let mut works = false;
+        for (daemon, maker) in self.images.makers(image, &acquire.tenant) {
+            if self.is_of_client(acquire, maker) {
+                return false;
+            }
+            let session = self.sessions.get(maker);
+            works |= session.is_some_and(|s| s.slots > 0 && s.is_on(daemon));
+        }
+        works
+    }
+
+    /// Whether a session is the request's own, or another of the same client, whose connections do not all carry the
+    /// same key.
+    fn is_of_client(&self, acquire: &Acquire, key: &SessionKey) -> bool {
+        let group = acquire.source.as_ref().unwrap_or(&acquire.key);
+        let groups = |session: &Session| session.groups.contains(group);
+        *key == acquire.key || key == group || self.sessions.get(key).is_some_and(groups)
     }
 
     /// The daemon that the session lost, if it has not been told yet.
@@ -162,7 +249,8 @@ impl Engine {
         }
         let there = || daemons.iter().filter_map(|id| self.daemons.get(id));
         let api = acquire.requirements.api;
-        let able = there().filter(|d| d.takes_sessions() && d.serves(api));
+        let able: Vec<&Daemon> = there().filter(|d| d.takes_sessions() && d.serves(api)).collect();
+        let able = self.apart(acquire, able).into_iter();
         let chosen = balancer::draw(balancer::least_wait(able), std::iter::empty(), &mut self.random)
             .cloned()
             // What exists on one daemon only is asked for there, also while it takes no new sessions.
@@ -183,7 +271,7 @@ impl Engine {
             }
         }
         let api = requirements.api;
-        let able = able(&self.daemons, acquire);
+        let able = self.apart(acquire, able(&self.daemons, acquire));
         let binds = matches!(acquire.class, Class::Work(_) | Class::Join);
         let former = self.former(acquire).map(|d| &d.id);
         if let Some(former) = former.filter(|former| able.iter().any(|d| d.id == **former)) {
@@ -216,7 +304,7 @@ impl Engine {
         match acquire.class {
             Class::Work(_) | Class::Join => Placement::Bind(own),
             Class::Any => Placement::Any(own),
-            Class::Follow | Class::Read => Placement::Route(own),
+            Class::Follow | Class::Remove | Class::Read => Placement::Route(own),
         }
     }
 

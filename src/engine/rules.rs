@@ -1,5 +1,6 @@
 //! The engine's rules, one scenario each. A test's name is the rule.
 
+mod apart;
 mod cordon;
 
 use super::model::*;

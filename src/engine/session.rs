@@ -123,6 +123,12 @@ impl Session {
         self.home.as_ref()?.lease
     }
 
+    /// Whether it has a lease on `daemon`, or a container that runs there.
+    pub(super) fn is_on(&self, daemon: &DaemonId) -> bool {
+        let home = self.home.as_ref().filter(|h| h.lease.is_some());
+        home.is_some_and(|h| h.daemon == *daemon) || self.foreign.contains_key(daemon)
+    }
+
     /// Whether a unit of work is under way on its home.
     pub fn works(&self) -> bool {
         self.builds + self.others > 0 || !self.live.is_empty()

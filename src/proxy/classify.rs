@@ -347,7 +347,7 @@ fn exec(method: &str, id: &str, action: &str) -> Route {
 }
 
 fn image(method: &str, rest: &[&str], query: &str) -> Route {
-    use Class::{Any, Follow, Read};
+    use Class::{Any, Follow, Read, Remove};
     match (method, rest) {
         ("POST", ["create"]) => {
             let from = parameter(query, "fromImage").filter(|f| !f.is_empty());
@@ -387,7 +387,7 @@ fn image(method: &str, rest: &[&str], query: &str) -> Route {
         ("GET", [name @ .., "json" | "history" | "attestations"]) if !name.is_empty() => {
             Route::new("images/inspect", Follow).image(&name.join("/"))
         }
-        ("DELETE", name) if !name.is_empty() => Route::new("images/delete", Follow).image(&name.join("/")),
+        ("DELETE", name) if !name.is_empty() => Route::new("images/delete", Remove).image(&name.join("/")),
         _ => Route::new("images/other", Read),
     }
 }
@@ -485,6 +485,7 @@ mod tests {
             ("POST", "/containers/ab/start", Class::Follow),
             ("POST", "/containers/ab/exec", Class::Follow),
             ("POST", "/images/app/push?tag=1", Class::Follow),
+            ("DELETE", "/images/app:1", Class::Remove),
             ("GET", "/containers/json?all=1", Class::Read),
             ("GET", "/events", Class::Read),
             ("GET", "/info", Class::Read),

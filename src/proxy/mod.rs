@@ -38,7 +38,7 @@ use std::time::{Duration, Instant};
 use tokio::time::{Sleep, sleep, timeout};
 
 use self::cancel::WaitingBuilds;
-use self::classify::{Local, Peek, Prefix, Route, classify};
+use self::classify::{Learn, Local, Peek, Prefix, Route, classify};
 use self::identify::{HEADER, Identity, ListenerIdentity, PROJECT, Source, identify};
 use self::learn::{Named, Watcher};
 use self::limits::Gate;
@@ -597,6 +597,7 @@ impl Connection {
             arch: route.arch.clone(),
             image: route.image.clone(),
             beside: Vec::new(),
+            apart: Vec::new(),
             // Tenants may call theirs the same.
             project: route.project.as_ref().map(|p| format!("{}/{p}", identity.tenant).into()),
         };
@@ -613,16 +614,23 @@ impl Connection {
                 Peek::Resource => (named.name, named.project) = body::resource(&body),
             }
         }
-        // What a terminal adds to a compose project that went up in another one goes where the project is.
-        if let Some(project) = named.project.as_ref().filter(|_| identity.interactive) {
-            let project = ObjectRef { kind: ObjectKind::Project, reference: project.clone() };
-            requirements.beside.insert(0, project);
+        if let (Some(Learn::Created(kind)), Some(name)) = (&route.learn, &named.name)
+            && matches!(kind, ObjectKind::Container | ObjectKind::Network)
+        {
+            requirements.apart.push(ObjectRef { kind: *kind, reference: name.clone() });
         }
-        // Terminals of one machine see each other's compose projects: `up` in one, `down` in the other. Two CI
-        // jobs with the same project name must not.
-        let target = route.target.clone().filter(|t| t.kind != ObjectKind::Project || identity.interactive);
+        if let Some(project) = &named.project {
+            let project = ObjectRef { kind: ObjectKind::Project, reference: project.clone() };
+            // What a terminal adds to a compose project that went up in another one goes where the project is. What
+            // a CI job has of the same name goes anywhere but there.
+            match identity.interactive {
+                true => requirements.beside.insert(0, project),
+                false => requirements.apart.push(project),
+            }
+        }
         // The uuid of a BuildKit session is in its own head and in its build's query: they belong together.
-        let target = target.or_else(|| build_session(head).filter(|_| route.class == Class::Join));
+        let target =
+            route.target.clone().or_else(|| build_session(head).filter(|_| route.class == Class::Join));
         let want = Want {
             key: identity.key,
             tenant: identity.tenant,
@@ -836,7 +844,7 @@ fn class_word(class: Class) -> &'static str {
     match class {
         Class::Work(_) => "work",
         Class::Join => "join",
-        Class::Follow => "follow",
+        Class::Follow | Class::Remove => "follow",
         Class::Read => "read",
         Class::Any => "any",
     }

@@ -90,6 +90,14 @@ impl Bridge {
         }
     }
 
+    /// Ends the i-th namespace, and puts another one with the same address in its place: a pod has gone, and the next
+    /// one got its address. Whoever is still in the old one reaches nobody any more.
+    pub fn replace(&self, i: usize) {
+        ip_command(&["link", "del", &self.cable(i).0]);
+        ip_command(&["netns", "del", &self.namespaces[i]]);
+        self.connect(i);
+    }
+
     /// Runs a command, which must succeed, in the network of the i-th namespace.
     fn inside(&self, i: usize, command: &[&str]) {
         let done = self.enter(i).args(command).output().expect("nsenter");
@@ -108,18 +116,22 @@ impl Bridge {
     }
 
     fn add(&mut self, i: usize) {
-        let ns = format!("{}n{i}", self.name);
+        self.namespaces.push(format!("{}n{i}", self.name));
+        self.connect(i);
+    }
+
+    fn connect(&self, i: usize) {
+        let ns = &self.namespaces[i];
         let (outer, inner) = self.cable(i);
-        ip_command(&["netns", "add", &ns]);
-        self.namespaces.push(ns.clone());
+        ip_command(&["netns", "add", ns]);
         ip_command(&["link", "add", &outer, "type", "veth", "peer", "name", &inner]);
-        ip_command(&["link", "set", &inner, "netns", &ns]);
+        ip_command(&["link", "set", &inner, "netns", ns]);
         ip_command(&["link", "set", &outer, "master", &self.name]);
         ip_command(&["link", "set", &outer, "up"]);
         let address = format!("{}/24", self.address(i));
-        ip_command(&["-n", &ns, "addr", "add", &address, "dev", &inner]);
-        ip_command(&["-n", &ns, "link", "set", &inner, "up"]);
-        ip_command(&["-n", &ns, "link", "set", "lo", "up"]);
+        ip_command(&["-n", ns, "addr", "add", &address, "dev", &inner]);
+        ip_command(&["-n", ns, "link", "set", &inner, "up"]);
+        ip_command(&["-n", ns, "link", "set", "lo", "up"]);
     }
 }
 
