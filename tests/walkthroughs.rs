@@ -64,16 +64,21 @@ fn a_client_in_a_container_never_waits_for_the_slot_of_its_own_parent() {
     up.wait_healthy(1, secs(60));
     let daemon = up.daemons().remove(0);
     import_base(&daemon);
-    inside_a_container(&up, &daemon, &bridge);
+    let address = |pool: &Pool| pool.listener(&bridge.ip).url();
+    inside_a_container(&up, &daemon, &bridge, &address(&up), "");
+    // The pool's own socket, mounted into the container.
+    let Addr::Unix(pools) = &up.unix else { panic!("a Unix listener") };
+    let mount = format!("-v {}:/run/pool.sock", pools.display());
+    inside_a_container(&up, &daemon, &bridge, "unix:///run/pool.sock", &mount);
 
     // The same daemon, known by nothing but its address.
     let Addr::Unix(socket) = &daemon.addr else { panic!("a local pool has Unix sockets") };
     let namespace = format!("/proc/{}/ns/net", daemon.pid());
-    let address = format!("{}:2375", ip_inside(&namespace));
-    listen_inside(&namespace, &address, socket);
-    let serve = with(Pool::serve(&[Addr::Tcp(address)]).listen(&listen)).start();
+    let inner = format!("{}:2375", ip_inside(&namespace));
+    listen_inside(&namespace, &inner, socket);
+    let serve = with(Pool::serve(&[Addr::Tcp(inner)]).listen(&listen)).start();
     serve.wait_healthy(1, secs(20));
-    inside_a_container(&serve, &daemon, &bridge);
+    inside_a_container(&serve, &daemon, &bridge, &address(&serve), "");
 }
 
 /// A daemon's address on its cable.
@@ -87,8 +92,9 @@ fn ip_inside(namespace: &str) -> String {
     links[0]["addr_info"][0]["local"].as_str().unwrap().to_owned()
 }
 
-fn inside_a_container(pool: &Pool, daemon: &Daemon, bridge: &Bridge) {
-    let (host, mark) = (pool.listener(&bridge.ip).url(), unique());
+/// `host` and `mount` are how the container reaches the pool.
+fn inside_a_container(pool: &Pool, daemon: &Daemon, bridge: &Bridge, host: &str, mount: &str) {
+    let mark = unique();
     let parent = Session::new(&pool.host(), client::CLI_28);
     parent.write("Dockerfile", format!("FROM base:1\nRUN echo {mark} >/mark\n"));
     parent.write(
@@ -109,14 +115,15 @@ fn inside_a_container(pool: &Pool, daemon: &Daemon, bridge: &Bridge) {
     );
     let work = parent.path("").display().to_string();
     let run = parent.start(&format!(
-        "docker run --rm --name parent-{mark} -v {work}:/w -w /w -e HOME=/root -e DOCKER_HOST={host} \
+        "docker run --rm --name parent-{mark} {mount} -v {work}:/w -w /w -e HOME=/root -e DOCKER_HOST={host} \
          -e PATH=/cli:/bin:/usr/bin {} base:1 sh /w/story",
         client_mounts()
     ));
     wait_until("the parent has the slot", secs(30), || daemon.has_container(&format!("parent-{mark}")));
 
     // The control: a client from any other address waits, and one more is refused.
-    let stranger = Session::with(&host, client::CLI_28).netns(&bridge.namespaces[0]).open();
+    let stranger =
+        Session::with(&pool.listener(&bridge.ip).url(), client::CLI_28).netns(&bridge.namespaces[0]).open();
     let waiting =
         stranger.start(&format!("docker run --rm --name stranger-{mark} --network none base:1 true"));
     wait_tickets(pool, 1);

@@ -76,6 +76,8 @@ pub struct Handle {
     pub endpoint: Endpoint,
     /// Where connections from its containers come from.
     pub source_ips: Vec<IpAddr>,
+    /// The cgroup above those of its containers, if it is known.
+    pub cgroup: Option<String>,
     /// Probe it now: a request has just failed.
     wake: Notify,
     /// Probe it deeply now.
@@ -288,6 +290,20 @@ impl Pool {
     pub fn inside(&self, ip: IpAddr) -> Option<DaemonId> {
         let state = self.lock();
         state.daemons.values().find(|m| m.handle.source_ips.contains(&ip)).map(|m| m.handle.id.clone())
+    }
+
+    /// The daemon, if any, in one of whose containers this process of the machine runs.
+    pub fn inside_process(&self, pid: i32) -> Option<DaemonId> {
+        let parents: Vec<(String, DaemonId)> = {
+            let state = self.lock();
+            let handles = state.daemons.values().map(|m| &m.handle);
+            handles.filter_map(|h| Some((format!("/{}/", h.cgroup.as_ref()?), h.id.clone()))).collect()
+        };
+        if parents.is_empty() {
+            return None;
+        }
+        let cgroups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+        parents.into_iter().find(|(parent, _)| cgroups.contains(parent)).map(|(_, id)| id)
     }
 
     /// The API range that the pool advertises, and what its daemons (the session's own, if it is bound) say of
@@ -604,6 +620,7 @@ impl Pool {
                 id: id.clone(),
                 endpoint: spec.endpoint.clone(),
                 source_ips: spec.source_ips.clone(),
+                cgroup: spec.cgroup.clone(),
                 wake: Notify::new(),
                 deep: Notify::new(),
                 relist: Notify::new(),
@@ -728,6 +745,7 @@ mod tests {
             id: id.to_string(),
             endpoint: Endpoint::Unix(format!("/nonexistent/{id}").into()),
             source_ips: Vec::new(),
+            cgroup: None,
             draining: false,
             pending: None,
         };

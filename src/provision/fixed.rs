@@ -235,7 +235,7 @@ fn spec(endpoint: Endpoint) -> DaemonSpec {
         Endpoint::Tcp(addr) => (addr.to_string(), vec![addr.ip()]),
         Endpoint::Unix(path) => (path.display().to_string(), Vec::new()),
     };
-    DaemonSpec { id, endpoint, source_ips, draining: false, pending: None }
+    DaemonSpec { id, endpoint, source_ips, cgroup: None, draining: false, pending: None }
 }
 
 /// A socket's id is its path; when its last two components tell it from all others, they are enough.

@@ -49,6 +49,9 @@ pub struct DaemonSpec {
     /// Addresses that connections from containers of this daemon come from, when known: such a client is
     /// bound to its own daemon, admitted without a slot (otherwise it would wait for its own parent).
     pub source_ips: Vec<IpAddr>,
+    /// The cgroup above those of its containers, if they run on this machine: such a client may also come over a
+    /// Unix socket of the pool that is mounted into its container.
+    pub cgroup: Option<String>,
     /// Whether the provisioner wants no new sessions there (a pod that is being deleted).
     pub draining: bool,
     /// Why it is not there yet, in words for the status table (`starting dockerd`, `ImagePullBackOff`).

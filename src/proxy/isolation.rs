@@ -71,6 +71,7 @@ async fn proxy() -> (Arc<Proxy>, String) {
         id: "d".into(),
         endpoint: daemon().await,
         source_ips: Vec::new(),
+        cgroup: None,
         draining: false,
         pending: None,
     };

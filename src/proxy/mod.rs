@@ -31,7 +31,7 @@ use std::future::{Future, poll_fn};
 use std::io;
 use std::net::SocketAddr;
 use std::pin::{Pin, pin};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
@@ -110,6 +110,8 @@ struct Connection {
     client: Side,
     origin: Origin,
     source: Option<Source>,
+    /// The daemon in a container of which the client's process runs, once that has been looked at.
+    parent: OnceLock<Option<DaemonId>>,
     /// The daemon connection of the last exchange, if it may carry another.
     kept: Option<(Arc<Handle>, Side)>,
     /// A response or a tunnel is under way.
@@ -172,7 +174,16 @@ pub async fn serve(proxy: Arc<Proxy>, listener: Arc<ListenerIdentity>, stream: S
 
 impl Connection {
     fn new(proxy: Arc<Proxy>, listener: Arc<ListenerIdentity>, client: Side, origin: Origin) -> Self {
-        Connection { proxy, listener, client, origin, source: None, kept: None, streaming: false }
+        Connection {
+            proxy,
+            listener,
+            client,
+            origin,
+            source: None,
+            parent: OnceLock::new(),
+            kept: None,
+            streaming: false,
+        }
     }
 
     /// Looks at what the client speaks.
@@ -580,7 +591,7 @@ impl Connection {
     fn inside(&self) -> Option<DaemonId> {
         match self.origin {
             Origin::Tcp(client, _) => self.proxy.pool.inside(client.ip().to_canonical()),
-            Origin::Unix(..) => None,
+            Origin::Unix(pid, _) => self.parent.get_or_init(|| self.proxy.pool.inside_process(pid?)).clone(),
         }
     }
 

@@ -160,7 +160,14 @@ impl Daemon {
     /// Any daemon.
     pub fn at(socket: &Path, id: &str) -> Daemon {
         let (id, endpoint) = (id.to_string(), Endpoint::Unix(socket.to_path_buf()));
-        Daemon(DaemonSpec { id, endpoint, source_ips: Vec::new(), draining: false, pending: None })
+        Daemon(DaemonSpec {
+            id,
+            endpoint,
+            source_ips: Vec::new(),
+            cgroup: None,
+            draining: false,
+            pending: None,
+        })
     }
 
     /// The machine's address on the daemon's cable.

@@ -13,7 +13,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::log::{self, Log};
-use super::plan::Launch;
+use super::plan::{self, Launch};
 use super::state::{self, Lock, Process, Registration, State};
 use super::{EXEC_DAEMON, Faults, cleanup};
 use crate::provision::{DaemonSpec, Endpoint, Observation, Running};
@@ -116,6 +116,7 @@ fn observe(pool: &Pool, news: &[News], draining: bool) -> Observation {
         id: launch.id.clone(),
         endpoint: Endpoint::Unix(launch.socket()),
         source_ips: vec![IpAddr::V4(launch.link.inner())],
+        cgroup: Some(plan::cgroup(&launch.pool, &launch.id)),
         draining,
         pending: news.pending.clone(),
     };
