@@ -14,6 +14,7 @@ mod network;
 mod queueing;
 mod records;
 mod restart;
+mod streams;
 mod versions;
 
 #[path = "../common/mod.rs"]
