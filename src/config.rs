@@ -393,8 +393,11 @@ fn listener(raw: RawListener, faults: &mut Vec<String>) -> Option<Listener> {
     let word = |name: &str, value: &Option<String>| {
         value
             .as_ref()
-            .filter(|v| v.is_empty() || !v.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b)))
-            .map(|v| format!("listen: {name} {v:?} must consist of the characters A-Z a-z 0-9 . _ -"))
+            .filter(|v| {
+                !(1..=128).contains(&v.len())
+                    || !v.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+            })
+            .map(|v| format!("listen: {name} {v:?} must be 1 to 128 of the characters A-Z a-z 0-9 . _ -"))
     };
     faults.extend(word("tenant", &raw.tenant));
     faults.extend(word("session", &raw.session));
@@ -534,6 +537,15 @@ mod tests {
         let settings = raw.validate(true).unwrap();
         assert_eq!(settings.listen[0].identity.tenant.as_str(), "team-a");
         assert_eq!(settings.listen[0].identity.session.as_deref(), Some("release"));
+    }
+
+    #[test]
+    fn a_listeners_words_have_a_length_as_their_sessions_keys_do() {
+        for (word, fine) in [("a".repeat(128), true), ("a".repeat(129), false), (String::new(), false)] {
+            let listener = RawListener { address: DEFAULT_LISTEN.into(), tenant: Some(word), session: None };
+            let raw = Raw { listen: Some(vec![listener]), ..Raw::default() };
+            assert_eq!(raw.validate(false).is_ok(), fine);
+        }
     }
 
     #[test]

@@ -187,11 +187,12 @@ fn repository(tag: &str) -> String {
 }
 
 /// The prefixes of a target, in any order: `DOCKER_HOST=tcp://host:2375/t/team-a/s/release`. CLI and docker-py
-/// keep them on everything except `/grpc` and `/session`.
+/// keep them on everything except `/grpc` and `/session`. A query may hold slashes too; nothing there is a prefix.
 pub fn prefix(target: &str) -> Prefix<'_> {
+    let path = target.split_once('?').map_or(target, |(path, _)| path);
     let mut prefix = Prefix::default();
     loop {
-        let rest = &target[prefix.length..];
+        let rest = &path[prefix.length..];
         let mut parts = rest.splitn(4, '/');
         let (Some(""), Some(kind), Some(value), Some(_)) =
             (parts.next(), parts.next(), parts.next(), parts.next())
@@ -277,13 +278,14 @@ fn route(method: &str, path: &str, query: &str) -> Route {
         ("GET", ["distribution", ..]) => Route::new("distribution", Any),
         (_, ["networks", rest @ ..]) => network(method, rest, query),
         (_, ["volumes", rest @ ..]) => volume(method, rest, query),
-        ("GET", ["swarm" | "nodes" | "services" | "tasks" | "secrets" | "configs", ..]) => {
-            Route::new("swarm", Read)
-        }
+        (
+            "GET" | "HEAD" | "OPTIONS",
+            ["swarm" | "nodes" | "services" | "tasks" | "secrets" | "configs", ..],
+        ) => Route::new("swarm", Read),
         (_, ["swarm" | "nodes" | "services" | "tasks" | "secrets" | "configs", ..]) => {
             Route::refuse("swarm", SWARM)
         }
-        ("GET", ["plugins", ..]) => Route::new("plugins", Read),
+        ("GET" | "HEAD" | "OPTIONS", ["plugins", ..]) => Route::new("plugins", Read),
         (_, ["plugins", ..]) => Route::refuse("plugins", PLUGINS),
         ("GET" | "HEAD" | "OPTIONS", _) => Route::new("other", Read),
         _ => Route::new("other", Follow),
@@ -577,8 +579,15 @@ mod tests {
     }
 
     #[test]
+    fn a_query_is_no_part_of_a_prefix() {
+        assert_eq!(prefix("/p/app?remote=/info"), Prefix::default());
+        assert_eq!(prefix("/s/job/build?t=/s/x/y").length, 6);
+    }
+
+    #[test]
     fn swarm_and_plugins_can_be_read_and_not_changed() {
         assert!(of("GET", "/nodes").refuse.is_none());
+        assert!(of("HEAD", "/swarm").refuse.is_none() && of("OPTIONS", "/plugins").refuse.is_none());
         assert!(of("POST", "/swarm/init").refuse.is_some());
         for disguised in ["/%73warm/init", "/v1.41/%73warm%2finit", "/v1.41.0.0/swarm/init", "/v1/swarm/init"]
         {

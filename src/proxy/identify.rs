@@ -64,7 +64,7 @@ pub fn identify(
             let message = format!("this listener is for tenant {}, not for {tenant}", listener.tenant);
             return Err(Error::new(Kind::BadRequest, message));
         }
-        Some(tenant) => Tenant::from(checked("the tenant in the path", tenant)?),
+        Some(tenant) => Tenant::from(checked_tenant(tenant)?),
         None => listener.tenant.clone(),
     };
     let own = source_key(&tenant, source);
@@ -121,18 +121,27 @@ fn key(tenant: &Tenant, kind: &str, value: &str) -> SessionKey {
 }
 
 fn checked<'a>(what: &str, name: &'a str) -> Result<&'a str, Error> {
-    let fine = |b: u8| b.is_ascii_alphanumeric() || b"._:@+-".contains(&b);
-    if name.is_empty() || name.len() > MAX_KEY || !name.bytes().all(fine) {
-        return Err(bad(what));
+    if consists_of(name, b"._:@+-") { Ok(name) } else { Err(bad(what)) }
+}
+
+/// As the configuration takes a tenant. Without a colon: in a key, what is before the first colon or slash must tell
+/// whose it is, and a name in a process's environment may hold both.
+fn checked_tenant(name: &str) -> Result<&str, Error> {
+    if consists_of(name, b"._-") {
+        return Ok(name);
     }
-    Ok(name)
+    let message = format!("a tenant in the path must be 1 to {MAX_KEY} of the characters A-Z a-z 0-9 . _ -");
+    Err(Error::new(Kind::BadRequest, message))
+}
+
+fn consists_of(name: &str, also: &[u8]) -> bool {
+    let fine = |b: u8| b.is_ascii_alphanumeric() || also.contains(&b);
+    (1..=MAX_KEY).contains(&name.len()) && name.bytes().all(fine)
 }
 
 fn bad(what: &str) -> Error {
-    Error::new(
-        Kind::BadRequest,
-        format!("{what} must be 1 to {MAX_KEY} of the characters A-Z a-z 0-9 . _ : @ + -"),
-    )
+    let message = format!("{what} must be 1 to {MAX_KEY} of the characters A-Z a-z 0-9 . _ : @ + -");
+    Error::new(Kind::BadRequest, message)
 }
 
 /// A value from a process's environment as part of a key: whatever a CI system puts there, in a form that can
@@ -208,6 +217,20 @@ mod tests {
         let identity = identify(&listener(), &ip(), &prefix, None).unwrap();
         assert_eq!(identity.key.as_str(), "team-a/name:x");
         assert_eq!(identity.tenant.as_str(), "team-a");
+    }
+
+    #[test]
+    fn no_name_in_an_environment_is_a_key_of_another_tenant() {
+        let process = Source::Process(format!("name:{}", sanitise("x/name:y")));
+        let own = identify(&listener(), &process, &Prefix::default(), None).unwrap();
+        let of_tenant = |tenant| {
+            let prefix = Prefix { session: Some("y"), tenant: Some(tenant), project: None, length: 0 };
+            identify(&listener(), &ip(), &prefix, None)
+        };
+        assert_eq!(of_tenant("x").unwrap().key.as_str(), "x/name:y");
+        // Its key would be the very same.
+        assert_eq!(own.key.as_str(), "name:x/name:y");
+        assert_eq!(of_tenant("name:x").unwrap_err().kind, Kind::BadRequest);
     }
 
     #[test]
