@@ -2,6 +2,7 @@
 #
 # ARGS=…   further arguments: of `dindpool up` (make up), of the side-by-side benches (make bench)
 # ONCE=1   make up: stop after the demonstration
+# FUZZ_SECONDS=60, FUZZ_TARGETS=…   make fuzz: how long for each target, and which ones
 # CI=true  make test: a skipped test is a failed run, and what is built is kept outside the clone
 
 SHELL := bash
@@ -12,6 +13,12 @@ CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/dindpool
 PARTS := $(or $(DINDPOOL_PARTS),$(CACHE)/parts)
 DENY_VERSION := 0.20.2
 DENY := $(CACHE)/tools/bin/cargo-deny
+FUZZ_VERSION := 0.13.2
+FUZZ := $(CACHE)/tools/bin/cargo-fuzz
+FUZZ_SECONDS ?= 60
+FUZZ_TARGETS ?= $(basename $(notdir $(wildcard fuzz/fuzz_targets/*.rs)))
+# Coverage instrumentation is an unstable flag of the stable compiler.
+FUZZ_RUN := RUSTC_BOOTSTRAP=1 nice -n 5 $(FUZZ)
 
 # A CI system makes a new clone for each run: there, what is built outlives the clone.
 ifeq ($(CI),true)
@@ -65,6 +72,26 @@ deny: $(DENY) ## licences, bans and sources of all dependencies (deny.toml)
 # Minutes, once for each user: beside other work, so with the least priority.
 $(DENY):
 	nice -n 15 cargo install --locked --root $(CACHE)/tools cargo-deny@$(DENY_VERSION)
+
+# What a run finds stays outside the clone, beside the corpus; what breaks a rule is in fuzz/artifacts. No sanitizer:
+# what is fuzzed is safe Rust.
+.PHONY: fuzz
+fuzz: $(FUZZ) ## any bytes against the rules of src/fuzzing/, a minute for each target (FUZZ_SECONDS=…)
+	for target in $(FUZZ_TARGETS); do \
+		mkdir -p $(CACHE)/fuzz/$$target; \
+		$(FUZZ_RUN) run -s none $$target $(CACHE)/fuzz/$$target fuzz/corpus/$$target -- \
+			-max_total_time=$(FUZZ_SECONDS) -max_len=4096 -timeout=10 -print_final_stats=1; \
+	done
+
+.PHONY: fuzz-corpus
+fuzz-corpus: $(FUZZ) ## what the runs of make fuzz have found into the corpus: whatever reaches more code
+	for target in $(FUZZ_TARGETS); do \
+		$(FUZZ_RUN) run -s none $$target fuzz/corpus/$$target $(CACHE)/fuzz/$$target -- \
+			-merge=1 -use_counters=0 -max_len=4096; \
+	done
+
+$(FUZZ):
+	nice -n 15 cargo install --locked --root $(CACHE)/tools cargo-fuzz@$(FUZZ_VERSION)
 
 .PHONY: parts
 parts: ## the real daemons and clients that the tests run against

@@ -30,6 +30,9 @@ pub mod config;
 pub mod drain;
 pub mod engine;
 pub mod error;
+#[doc(hidden)]
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 pub mod metrics;
 pub mod pool;
 pub mod provision;

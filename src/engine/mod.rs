@@ -18,8 +18,8 @@ mod queue;
 #[cfg(test)]
 mod rules;
 mod session;
-#[cfg(test)]
-mod simulation;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod simulation;
 mod strangers;
 mod versions;
 mod warm;

@@ -3,18 +3,22 @@
 //! order. After every event a shadow model that shares no code with the engine checks it.
 //!
 //! A failing seed is printed with the way to replay it. `DINDPOOL_SEEDS` sets how many are tried,
-//! `DINDPOOL_SEED` runs one of them and prints its events.
+//! `DINDPOOL_SEED` runs one of them and prints its events. The same simulations take their choices from the bytes
+//! of a fuzzer (`crate::fuzzing`), which looks for orders of events that a seed does not find.
 
+mod choices;
 mod queue;
 mod shadow;
 
 use std::collections::BTreeMap;
+#[cfg(test)]
 use std::panic::{catch_unwind, resume_unwind};
+#[cfg(test)]
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::balancer::Random;
 use super::model::*;
 use super::{Config, Engine, images};
+use choices::Choices;
 use shadow::Shadow;
 
 const STEPS: usize = 250;
@@ -46,7 +50,7 @@ struct Real {
 struct Simulation {
     engine: Engine,
     shadow: Shadow,
-    random: Random,
+    choices: Choices,
     now: Time,
     requests: u64,
     ids: u64,
@@ -58,7 +62,7 @@ struct Simulation {
 }
 
 impl Simulation {
-    fn new(seed: u64, trace: bool) -> Self {
+    fn new(choices: Choices, seed: u64, trace: bool) -> Self {
         let config = Config {
             memory: Time::from_secs(48 * 3600),
             queue_limit: 0,
@@ -68,7 +72,7 @@ impl Simulation {
         Simulation {
             engine: Engine::new(config.clone(), seed),
             shadow: Shadow::new(config),
-            random: Random::new(seed ^ 0x5EED),
+            choices,
             now: Time::from_secs(1),
             requests: 0,
             ids: 0,
@@ -80,7 +84,7 @@ impl Simulation {
     }
 
     fn below(&mut self, n: usize) -> usize {
-        self.random.below(n as u64) as usize
+        self.choices.below(n as u64) as usize
     }
 
     fn chance(&mut self, percent: usize) -> bool {
@@ -136,7 +140,7 @@ impl Simulation {
                     4..10 => 6_000,
                     _ => 300,
                 };
-                let by = self.random.below(by);
+                let by = self.choices.below(by);
                 self.pass(Time::from_millis(by));
             }
             20..45 => self.client_asks(),
@@ -500,6 +504,9 @@ impl Simulation {
             self.answers(id);
         }
         for _ in 0..self.below(STEPS) {
+            if self.choices.is_over() {
+                break;
+            }
             self.step();
         }
         self.end();
@@ -508,9 +515,22 @@ impl Simulation {
 
 #[test]
 fn no_order_of_events_splits_a_session_or_loses_a_slot() {
-    over_seeds("no_order_of_events", |seed, trace| Simulation::new(seed, trace).run());
+    over_seeds("no_order_of_events", |seed, trace| {
+        Simulation::new(Choices::seeded(seed ^ 0x5EED), seed, trace).run();
+    });
 }
 
+/// One of the two simulations, as the first byte says, with its choices from the others.
+pub(crate) fn run_choices(bytes: &[u8], trace: bool) {
+    let Some((which, rest)) = bytes.split_first() else { return };
+    let (choices, seed) = (Choices::given(rest), u64::from(which >> 1));
+    match which % 2 {
+        0 => Simulation::new(choices, seed, trace).run(),
+        _ => queue::run(choices, seed, trace),
+    }
+}
+
+#[cfg(test)]
 /// Runs a simulation for many seeds, or for the one that `DINDPOOL_SEED` says.
 fn over_seeds(name: &str, run: fn(u64, bool)) {
     if let Ok(seed) = std::env::var("DINDPOOL_SEED") {

@@ -9,7 +9,7 @@ mod lease;
 mod lookup;
 pub mod status;
 mod ticket;
-mod watch;
+pub(crate) mod watch;
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;

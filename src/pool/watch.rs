@@ -236,13 +236,13 @@ const MAX_LINE: usize = 16 << 20;
 
 /// Cuts a stream into lines. One beyond [`MAX_LINE`] is left out.
 #[derive(Debug, Default)]
-struct Lines {
+pub(crate) struct Lines {
     begun: Vec<u8>,
     skip: bool,
 }
 
 impl Lines {
-    fn feed(&mut self, data: &[u8], mut line: impl FnMut(&[u8])) {
+    pub(crate) fn feed(&mut self, data: &[u8], mut line: impl FnMut(&[u8])) {
         for part in data.split_inclusive(|b| *b == b'\n') {
             self.skip |= self.begun.len() + part.len() > MAX_LINE;
             if self.skip {

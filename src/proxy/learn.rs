@@ -20,26 +20,31 @@ const CUT: &str = "it was drained, and this was still under way at the deadline"
 /// Watches one exchange.
 pub struct Watcher<'a> {
     lease: &'a Lease,
-    learn: Option<&'a Learn>,
-    named: &'a Named,
+    reader: Reader<'a>,
     json_stream: bool,
     failure: FailureLine,
+}
+
+/// Reads what a response tells of the daemon's objects, however its bytes are cut.
+pub struct Reader<'a> {
+    learn: Option<&'a Learn>,
+    named: &'a Named,
     body: Vec<u8>,
 }
 
 /// Finds the line of a stream that says that a build, pull or load has failed: the others have no such key, and within a
 /// string its quotes would be escaped.
 #[derive(Debug, Default)]
-struct FailureLine {
+pub(crate) struct FailureLine {
     /// How much of the key has been seen, up to the last byte.
     seen: usize,
 }
 
-const FAILURE: &[u8] = b"\"errorDetail\"";
+pub(crate) const FAILURE: &[u8] = b"\"errorDetail\"";
 
 impl FailureLine {
     /// Takes in the next bytes. Whether the key ends among them.
-    fn is_in(&mut self, payload: &[u8]) -> bool {
+    pub(crate) fn is_in(&mut self, payload: &[u8]) -> bool {
         for byte in payload {
             self.seen = match FAILURE[self.seen] {
                 expected if expected == *byte => self.seen + 1,
@@ -65,13 +70,50 @@ pub struct Named {
 }
 
 impl<'a> Watcher<'a> {
-    /// `named` is what the request calls the new object; `json_stream` says that the CLI prints an error that is
-    /// put into the response.
-    pub fn new(lease: &'a Lease, learn: Option<&'a Learn>, named: &'a Named, json_stream: bool) -> Self {
-        Watcher { lease, learn, named, json_stream, failure: FailureLine::default(), body: Vec::new() }
+    /// `json_stream` says that the CLI prints an error that is put into the response.
+    pub fn new(lease: &'a Lease, reader: Reader<'a>, json_stream: bool) -> Self {
+        Watcher { lease, reader, json_stream, failure: FailureLine::default() }
+    }
+}
+
+impl<'a> Reader<'a> {
+    /// `named` is what the request calls the new object.
+    pub fn new(learn: Option<&'a Learn>, named: &'a Named) -> Self {
+        Reader { learn, named, body: Vec::new() }
     }
 
-    fn read(&mut self, learn: &Learn) -> Option<Fact> {
+    /// The final status: what a head alone tells, and whether the body is worth reading.
+    pub fn status(&mut self, status: u16) -> Option<Fact> {
+        match self.learn {
+            // A tag's answer has no body (201, length 0).
+            Some(Learn::Image(reference)) if status == 201 => return Some(image(reference, None)),
+            Some(_) if !(200..300).contains(&status) => self.learn = None,
+            _ => {}
+        }
+        None
+    }
+
+    /// The next bytes of the body: what they tell together with those before, once.
+    pub fn feed(&mut self, payload: &[u8]) -> Vec<Fact> {
+        let Some(learn) = self.learn else { return Vec::new() };
+        if self.body.len() + payload.len() > MAX_BODY {
+            self.learn = None;
+            return Vec::new();
+        }
+        self.body.extend_from_slice(payload);
+        let Some(fact) = self.read(learn) else { return Vec::new() };
+        self.learn = None;
+        self.body = Vec::new();
+        match (&fact, &self.named.project) {
+            (Fact::Created { kind, id, .. }, Some(project)) => {
+                let labelled = Fact::Labelled { kind: *kind, id: id.clone(), project: project.clone() };
+                vec![fact, labelled]
+            }
+            _ => vec![fact],
+        }
+    }
+
+    fn read(&self, learn: &Learn) -> Option<Fact> {
         let answer: Value = serde_json::from_slice(&self.body).ok()?;
         match learn {
             Learn::Created(kind) => Some(Fact::Created {
@@ -102,35 +144,14 @@ impl Observer for Watcher<'_> {
             return;
         }
         self.lease.answered(head.status);
-        match self.learn {
-            // A tag's answer has no body (201, length 0).
-            Some(Learn::Image(reference)) if head.status == 201 => self.lease.learn(image(reference, None)),
-            Some(_) if !(200..300).contains(&head.status) => self.learn = None,
-            _ => {}
-        }
+        self.reader.status(head.status).into_iter().for_each(|fact| self.lease.learn(fact));
     }
 
     fn response_body(&mut self, payload: &[u8]) {
         if self.json_stream && self.failure.is_in(payload) {
             self.lease.failed();
         }
-        let Some(learn) = self.learn else { return };
-        if self.body.len() + payload.len() > MAX_BODY {
-            self.learn = None;
-            return;
-        }
-        self.body.extend_from_slice(payload);
-        if let Some(fact) = self.read(learn) {
-            if let (Fact::Created { kind, id, .. }, Some(project)) = (&fact, &self.named.project) {
-                let labelled = Fact::Labelled { kind: *kind, id: id.clone(), project: project.clone() };
-                self.lease.learn(fact);
-                self.lease.learn(labelled);
-            } else {
-                self.lease.learn(fact);
-            }
-            self.learn = None;
-            self.body = Vec::new();
-        }
+        self.reader.feed(payload).into_iter().for_each(|fact| self.lease.learn(fact));
     }
 
     fn cut(&mut self) -> Option<io::Error> {

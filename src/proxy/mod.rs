@@ -11,19 +11,19 @@
 //!   → the guard's drop records the outcome and gives the slot back
 //! ```
 
-mod body;
+pub(crate) mod body;
 pub mod cancel;
 pub mod classify;
 pub mod identify;
 #[cfg(test)]
 mod isolation;
-mod learn;
+pub(crate) mod learn;
 pub mod limits;
 pub mod listener;
 mod local;
 pub mod peer;
 pub mod relay;
-mod solve;
+pub(crate) mod solve;
 pub mod sweep;
 mod wait;
 
@@ -40,7 +40,7 @@ use tokio::time::{Sleep, sleep, timeout};
 use self::cancel::WaitingBuilds;
 use self::classify::{Learn, Local, Peek, Prefix, Route, classify};
 use self::identify::{HEADER, Identity, ListenerIdentity, PROJECT, Source, identify};
-use self::learn::{Named, Watcher};
+use self::learn::{Named, Reader, Watcher};
 use self::limits::Gate;
 use self::peer::Peers;
 use self::relay::h2::PREFACE;
@@ -373,7 +373,8 @@ impl Connection {
         let head_only = head.method() == "HEAD";
         let options = Options { hijack: route.hijack, answered: told.answered };
         let open = Counted::new(&self.proxy.metrics.exchanges);
-        let mut watcher = Watcher::new(&lease, route.learn.as_ref(), &named, route.json_stream);
+        let reader = Reader::new(route.learn.as_ref(), &named);
+        let mut watcher = Watcher::new(&lease, reader, route.json_stream);
         daemon.ask(route.pace());
         self.streaming = true;
         #[cfg(test)]
@@ -521,7 +522,7 @@ impl Connection {
         }
         self.proxy.metrics.added.observe(started.elapsed().as_secs_f64());
         let outcome = {
-            let mut tap = SolveTap::new(&lease, told.settings);
+            let mut tap = SolveTap::new(|| lease.build_seen(), told.settings);
             self.tunnel(&lease, &mut daemon, TunnelKind::H2, Some(&mut tap)).await
         };
         self.done(route, &who, Some(&lease), started, word(outcome));
@@ -886,7 +887,7 @@ fn is_own_fault(error: &io::Error) -> bool {
 }
 
 /// The head as the daemon is to see it: without dindpool's own path prefixes, otherwise as it came.
-fn without_prefix(head: RequestHead, length: usize) -> Result<RequestHead, Error> {
+pub(crate) fn without_prefix(head: RequestHead, length: usize) -> Result<RequestHead, Error> {
     if length == 0 {
         return Ok(head);
     }

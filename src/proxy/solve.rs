@@ -7,11 +7,10 @@
 //! opaque.
 
 use super::relay::{Tap, Verdict, h2};
-use crate::pool::Lease;
 
 /// `/moby.buildkit.v1.Control/Solve` in HPACK's Huffman code (RFC 7541 B; checked in the tests against the
 /// code's table for these letters).
-const SOLVE: [u8; 23] = [
+pub(crate) const SOLVE: [u8; 23] = [
     0x62, 0x93, 0xc7, 0xe9, 0x78, 0xed, 0x35, 0x12, 0x75, 0x32, 0x57, 0xee, 0x15, 0xef, 0x1e, 0xa4, 0xd8,
     0x7a, 0x18, 0xdc, 0x7a, 0x3b, 0x97,
 ];
@@ -31,8 +30,8 @@ pub fn is_traces(block: &[u8]) -> bool {
 }
 
 /// Looks for the call of Solve.
-pub struct SolveTap<'a> {
-    lease: &'a Lease,
+pub struct SolveTap<F> {
+    build_seen: F,
     seen: usize,
     looking: bool,
     /// Removes the ACK of the SETTINGS frame that the client got while it waited: with two, dockerd ends the
@@ -42,19 +41,20 @@ pub struct SolveTap<'a> {
     tail: Vec<u8>,
 }
 
-impl<'a> SolveTap<'a> {
-    /// Watches the connection of `lease`, whose client has been sent a SETTINGS frame if `settings`.
-    pub fn new(lease: &'a Lease, settings: bool) -> Self {
+impl<F: FnMut() + Send> SolveTap<F> {
+    /// Watches a connection whose client has been sent a SETTINGS frame if `settings`. The first call of Solve
+    /// is told to `build_seen`.
+    pub fn new(build_seen: F, settings: bool) -> Self {
         let swallow = settings.then(h2::AckSwallower::new);
-        SolveTap { lease, seen: 0, looking: true, swallow, tail: Vec::new() }
+        SolveTap { build_seen, seen: 0, looking: true, swallow, tail: Vec::new() }
     }
 }
 
-impl Tap for SolveTap<'_> {
+impl<F: FnMut() + Send> Tap for SolveTap<F> {
     fn client_bytes(&mut self, bytes: &[u8]) -> Verdict {
         self.seen += bytes.len();
         if self.looking && contains(&mut self.tail, bytes, &SOLVE) {
-            self.lease.build_seen();
+            (self.build_seen)();
             self.looking = false;
         }
         self.looking &= self.seen <= ENOUGH;

@@ -5,9 +5,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::super::balancer::Random;
 use super::super::model::*;
 use super::super::{Config, Engine};
+use super::choices::Choices;
 
 const STEPS: u64 = 300;
 const TENANTS: [&str; 3] = ["red", "green", "blue"];
@@ -24,7 +24,7 @@ struct Build {
 
 struct Simulation {
     engine: Engine,
-    random: Random,
+    choices: Choices,
     now: Time,
     trace: bool,
     requests: u64,
@@ -36,21 +36,20 @@ struct Simulation {
     abandoned: BTreeSet<RequestId>,
 }
 
-pub(super) fn run(seed: u64, trace: bool) {
-    let mut random = Random::new(seed ^ 0xD00D);
+pub(super) fn run(mut choices: Choices, seed: u64, trace: bool) {
     let config = Config {
-        linger: Time::from_secs(random.below(2) * 10),
-        queue_limit: 5 + random.below(60) as usize,
-        tenant_waiting: (random.below(3) == 0).then_some(4),
-        tenant_slots: (random.below(3) == 0).then_some(2),
-        max_wait: Time::from_secs(600 + random.below(3600)),
-        warm_wait: Time::from_secs(random.below(90)),
+        linger: Time::from_secs(choices.below(2) * 10),
+        queue_limit: 5 + choices.below(60) as usize,
+        tenant_waiting: (choices.below(3) == 0).then_some(4),
+        tenant_slots: (choices.below(3) == 0).then_some(2),
+        max_wait: Time::from_secs(600 + choices.below(3600)),
+        warm_wait: Time::from_secs(choices.below(90)),
         deep_probe_interval: Time::ZERO,
         ..Config::default()
     };
     let mut simulation = Simulation {
         engine: Engine::new(config, seed),
-        random,
+        choices,
         now: Time::from_secs(1),
         trace,
         requests: 0,
@@ -64,6 +63,9 @@ pub(super) fn run(seed: u64, trace: bool) {
         simulation.join(daemon);
     }
     for _ in 0..simulation.below(STEPS) {
+        if simulation.choices.is_over() {
+            break;
+        }
         simulation.step();
     }
     simulation.end();
@@ -71,7 +73,7 @@ pub(super) fn run(seed: u64, trace: bool) {
 
 impl Simulation {
     fn below(&mut self, n: u64) -> u64 {
-        self.random.below(n)
+        self.choices.below(n)
     }
 
     fn join(&mut self, daemon: u64) {
@@ -95,7 +97,7 @@ impl Simulation {
 
     fn any_daemon(&mut self) -> Option<DaemonId> {
         let n = self.observed.len() as u64;
-        (n > 0).then(|| self.observed.keys().nth(self.random.below(n) as usize).cloned()).flatten()
+        (n > 0).then(|| self.observed.keys().nth(self.choices.below(n) as usize).cloned()).flatten()
     }
 
     fn step(&mut self) {
@@ -104,7 +106,7 @@ impl Simulation {
             45..70 => self.finish(),
             70..78 => self.give_up(),
             78..90 => {
-                let seconds = [1, 5, 20, 400][self.random.below(4) as usize];
+                let seconds = [1, 5, 20, 400][self.choices.below(4) as usize];
                 self.pass(seconds);
             }
             90..93 => {
@@ -152,7 +154,7 @@ impl Simulation {
         // Half of them come again and again, the others once.
         let session = if self.below(2) == 0 { self.below(4) } else { 100 + self.requests };
         let key = SessionKey::from(format!("{tenant}/name:{session}"));
-        let project = (self.below(3) == 0).then(|| format!("{tenant}/{}", self.random.below(5)).into());
+        let project = (self.below(3) == 0).then(|| format!("{tenant}/{}", self.choices.below(5)).into());
         let build = Build {
             tenant,
             key: key.clone(),
@@ -338,5 +340,7 @@ impl Simulation {
 
 #[test]
 fn no_order_of_events_loses_a_ticket_or_books_a_slot_twice() {
-    super::over_seeds("loses_a_ticket", run);
+    super::over_seeds("loses_a_ticket", |seed, trace| {
+        run(Choices::seeded(seed ^ 0xD00D), seed, trace);
+    });
 }
