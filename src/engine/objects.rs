@@ -133,10 +133,17 @@ impl Objects {
         }
     }
 
-    /// Where a compose project is, and who has made anything of it there.
-    pub fn project(&self, name: &str) -> impl Iterator<Item = (&DaemonId, &[SessionKey])> {
-        let entry = self.by_id.get(&(Kind::Project, name.to_string())).into_iter().flatten();
-        entry.map(|(daemon, o)| (daemon, &o.owners[..]))
+    /// Where something of this name is, or a compose project, and who has made it there.
+    pub fn makers<'a>(
+        &'a self,
+        kind: Kind,
+        name: &str,
+    ) -> impl Iterator<Item = (&'a DaemonId, &'a [SessionKey])> + use<'a> {
+        let key = (kind, name.to_string());
+        let named = self.by_name.get(&key).into_iter().flatten();
+        let named = named.filter_map(move |(daemon, id)| Some((daemon, self.get(daemon, kind, id)?)));
+        let project = self.by_id.get(&key).filter(|_| kind == Kind::Project).into_iter().flatten();
+        named.chain(project).map(|(daemon, o)| (daemon, &o.owners[..]))
     }
 
     /// Whether anything of this kind and name, whoever's it is, is on `daemon`.

@@ -62,12 +62,8 @@ impl Engine {
         if own.as_ref().is_some_and(|own| daemons.contains(own)) {
             return None; // It is where the session is.
         }
-        if target.kind == Kind::Project && !acquire.shares_names {
-            return if own.is_some() {
-                None
-            } else {
-                self.place_project(acquire, &target.reference, &daemons)
-            };
+        if acquire.class == Class::Read && !acquire.shares_names {
+            return if own.is_some() { None } else { self.place_search(acquire, target, &daemons) };
         }
         let strangers = !daemons.is_empty();
         let daemons = self.elsewhere(acquire, target);
@@ -107,10 +103,15 @@ impl Engine {
         }
     }
 
-    /// Where a job looks for its compose project, when it has no daemon: not at one of that name which another
-    /// session has made. It would take that over, or down: compose goes by labels.
-    fn place_project(&mut self, acquire: &Acquire, name: &str, daemons: &[DaemonId]) -> Option<Placement> {
-        let taken = self.taken(acquire, name);
+    /// Where a job looks for its compose project, or a network of it, when it has no daemon: not at one of that name
+    /// which another session has made. It would take that over, or down: compose goes by labels and names.
+    fn place_search(
+        &mut self,
+        acquire: &Acquire,
+        target: &ObjectRef,
+        daemons: &[DaemonId],
+    ) -> Option<Placement> {
+        let taken = self.taken(acquire, target);
         if taken.is_empty() && daemons.len() != 1 {
             return None;
         }
@@ -119,25 +120,25 @@ impl Engine {
         }
         let able = able(&self.daemons, acquire).into_iter().filter(|d| !taken.contains(&d.id));
         let free = balancer::rendezvous(able, acquire.key.as_str()).cloned();
-        Some(free.map_or_else(
-            || {
-                let taken: Vec<DaemonId> = taken.into_iter().collect();
-                Placement::Refuse(Refusal::Ambiguous(format!(
-                    "compose project {name} is another session's on every daemon of the pool ({}): give this one a \
-                     name of its own (COMPOSE_PROJECT_NAME)",
-                    names(&taken)
-                )))
-            },
-            Placement::Any,
-        ))
+        let Some(free) = free else {
+            let (name, taken): (_, Vec<DaemonId>) = (&target.reference, taken.into_iter().collect());
+            let message = format!(
+                "compose project {name} is another session's on every daemon of the pool ({}): give this one a name \
+                 of its own (COMPOSE_PROJECT_NAME)",
+                names(&taken)
+            );
+            let refusal = Placement::Refuse(Refusal::Ambiguous(message));
+            return (target.kind == Kind::Project).then_some(refusal);
+        };
+        Some(Placement::Any(free))
     }
 
-    /// Where a compose project of this name is another session's.
-    fn taken(&self, acquire: &Acquire, name: &str) -> BTreeSet<DaemonId> {
+    /// Where what has this name is another session's.
+    fn taken(&self, acquire: &Acquire, object: &ObjectRef) -> BTreeSet<DaemonId> {
         let others = |owners: &[SessionKey]| {
             !owners.is_empty() && !owners.iter().any(|owner| self.is_of_client(acquire, owner))
         };
-        let taken = self.objects.project(name).filter(|(_, owners)| others(owners));
+        let taken = self.objects.makers(object.kind, &object.reference).filter(|(_, owners)| others(owners));
         taken.map(|(daemon, _)| daemon.clone()).collect()
     }
 
@@ -145,7 +146,7 @@ impl Engine {
     fn apart<'a>(&self, acquire: &Acquire, able: Vec<&'a Daemon>) -> Vec<&'a Daemon> {
         let in_the_way = |d: &Daemon| {
             acquire.requirements.apart.iter().any(|o| match o.kind {
-                Kind::Project => self.taken(acquire, &o.reference).contains(&d.id),
+                Kind::Project => self.taken(acquire, o).contains(&d.id),
                 kind => self.objects.has_named(&d.id, kind, &o.reference),
             })
         };

@@ -139,6 +139,12 @@ impl Route {
             Some(Ok(filters)) => filters,
             _ => return self,
         };
+        // compose looks for its networks by name.
+        let names = filters["name"].as_object().map(|names| names.keys().collect::<Vec<_>>());
+        if let ("networks/list", Some([name])) = (self.label, names.as_deref()) {
+            self.target = Some(ObjectRef { kind: Kind::Network, reference: name.to_string() });
+            return self;
+        }
         let labels: Vec<&str> = match &filters["label"] {
             Value::Object(labels) => labels.keys().map(String::as_str).collect(),
             Value::Array(labels) => labels.iter().filter_map(Value::as_str).collect(),
@@ -540,6 +546,12 @@ mod tests {
                 assert_eq!((target.kind, target.reference.as_str()), (Kind::Project, "app"));
             }
         }
+        // compose asks for its networks by name.
+        let named = |list: &str| {
+            of("GET", &format!("{list}?filters=%7B%22name%22:%7B%22app_default%22:true%7D%7D")).target
+        };
+        let network = ObjectRef { kind: Kind::Network, reference: "app_default".into() };
+        assert_eq!((named("/networks"), named("/containers/json")), (Some(network), None));
         assert_eq!(of("GET", "/containers/json?filters=%7B%7D").target, None);
     }
 

@@ -641,8 +641,10 @@ impl Connection {
             }
         }
         // The uuid of a BuildKit session is in its own head and in its build's query: they belong together.
-        let target =
-            route.target.clone().or_else(|| build_session(head).filter(|_| route.class == Class::Join));
+        // A terminal's list of networks by name is a list like any other; a job's must not show what is another's.
+        let listed = |t: &ObjectRef| t.kind == ObjectKind::Network && route.class == Class::Read;
+        let target = route.target.clone().filter(|t| !(identity.interactive && listed(t)));
+        let target = target.or_else(|| build_session(head).filter(|_| route.class == Class::Join));
         let want = Want {
             key: identity.key,
             tenant: identity.tenant,

@@ -15,6 +15,11 @@ impl Acquire {
 fn compose_up(pool: &mut Pool, key: &str, id: &str) -> DaemonId {
     let listed = pool.call(ask(key, Class::Read).job().target(Kind::Project, "app"));
     assert!(!pool.engine.objects.has_named(&listed, Kind::Network, "app_default"), "{key} saw another's");
+    let listed = pool.call(ask(key, Class::Read).job().target(Kind::Network, "app_default"));
+    assert!(
+        !pool.engine.objects.has_named(&listed, Kind::Network, "app_default"),
+        "{key} saw another's network"
+    );
     let up = ask(key, Class::Work(Work::Resource)).job();
     let grant = pool.grant(up.apart(Kind::Network, "app_default").apart(Kind::Project, "app"));
     let (daemon, name) = (grant.daemon.clone(), Some("app_default".into()));
