@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinHandle;
 
 use super::identify::ListenerIdentity;
 use super::limits::{Gate, Limits};
@@ -26,24 +27,26 @@ pub(super) fn failpoint(target: &str) {
 }
 
 /// A daemon that is ready, has one stream that never ends, and creates containers.
-async fn daemon() -> Endpoint {
+/// When the task is aborted, new connections are refused, and those that are open go on.
+pub(super) async fn daemon(id: &'static str) -> (Endpoint, JoinHandle<()>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    tokio::spawn(async move {
+    let accepting = tokio::spawn(async move {
         while let Ok((stream, _)) = listener.accept().await {
-            tokio::spawn(serve(stream));
+            tokio::spawn(serve(id, stream));
         }
     });
-    Endpoint::Tcp(address)
+    (Endpoint::Tcp(address), accepting)
 }
 
-async fn serve(mut stream: TcpStream) {
+async fn serve(id: &str, mut stream: TcpStream) {
+    let info = format!(r#"{{"ID":"{id}","NCPU":2,"MemTotal":8000000000,"Architecture":"x86_64"}}"#);
     let mut seen = Vec::new();
     while stream.read_buf(&mut seen).await.is_ok_and(|n| n > 0) {
         let Some(end) = seen.windows(4).position(|w| w == b"\r\n\r\n") else { continue };
         let line = String::from_utf8_lossy(&seen[..end]).lines().next().unwrap_or_default().to_string();
         let body = match line.split(' ').nth(1).unwrap_or_default().split('?').next().unwrap_or_default() {
-            "/info" => r#"{"ID":"a","NCPU":2,"MemTotal":8000000000,"Architecture":"x86_64"}"#,
+            "/info" => info.as_str(),
             "/version" => r#"{"ApiVersion":"1.51","MinAPIVersion":"1.24","Version":"28.5.2"}"#,
             "/volumes" => r#"{"Volumes":[]}"#,
             "/events" | "/containers/long/logs" => {
@@ -61,21 +64,24 @@ async fn serve(mut stream: TcpStream) {
     }
 }
 
-/// A whole proxy in front of that daemon, and its address.
-async fn proxy() -> (Arc<Proxy>, String) {
+/// A whole proxy in front of these daemons, and its address.
+pub(super) async fn proxy(daemons: Vec<(&str, Endpoint)>) -> (Arc<Proxy>, String) {
     let metrics = Metrics::new(prometheus::Registry::new()).unwrap();
-    let pool = Pool::new(Config { slots: Some(3), ..Config::default() }, metrics.clone(), 1);
+    let config = Config { slots: Some(3), probe_interval: Duration::from_secs(600), ..Config::default() };
+    let pool = Pool::new(config, metrics.clone(), 1);
     let (observe, observations) = tokio::sync::mpsc::channel(1);
     tokio::spawn(pool.clone().run(observations));
-    let daemon = DaemonSpec {
-        id: "d".into(),
-        endpoint: daemon().await,
+    let many = daemons.len();
+    let spec = |(id, endpoint): (&str, Endpoint)| DaemonSpec {
+        id: id.into(),
+        endpoint,
         source_ips: Vec::new(),
         cgroup: None,
         draining: false,
         pending: None,
     };
-    observe.send(Observation { daemons: vec![daemon], problems: Vec::new() }).await.unwrap();
+    let daemons = daemons.into_iter().map(spec).collect();
+    observe.send(Observation { daemons, problems: Vec::new() }).await.unwrap();
     let proxy = Arc::new(Proxy {
         pool: pool.clone(),
         peers: Arc::new(Peers::new(&[])),
@@ -91,7 +97,7 @@ async fn proxy() -> (Arc<Proxy>, String) {
     let identity = ListenerIdentity { tenant: "default".into(), session: None };
     tokio::spawn(listener::run(proxy.clone(), Arc::new(identity), bound));
     soon(async {
-        while !pool.is_ready() {
+        while pool.status().daemons.iter().filter(|d| d.takes_sessions()).count() < many {
             tokio::task::yield_now().await;
         }
     })
@@ -101,7 +107,8 @@ async fn proxy() -> (Arc<Proxy>, String) {
 
 #[tokio::test]
 async fn row_47_a_panic_in_one_connection_ends_that_connection_only() {
-    let (proxy, address) = proxy().await;
+    let (endpoint, _) = daemon("a").await;
+    let (proxy, address) = proxy(vec![("d", endpoint)]).await;
     let mut bystander = TcpStream::connect(&address).await.unwrap();
     say(&mut bystander, "GET /s/other/containers/long/logs HTTP/1.1\r\nHost: d\r\n\r\n").await;
     read_until(&mut bystander, "hello\r\n").await;

@@ -11,6 +11,7 @@
 //!   → the guard's drop records the outcome and gives the slot back
 //! ```
 
+mod attempts;
 pub(crate) mod body;
 pub mod cancel;
 pub mod classify;
@@ -37,6 +38,7 @@ use std::time::{Duration, Instant};
 
 use tokio::time::{Sleep, sleep, timeout};
 
+use self::attempts::{Attempts, Next as Attempt};
 use self::cancel::WaitingBuilds;
 use self::classify::{Learn, Local, Peek, Prefix, Route, classify};
 use self::identify::{HEADER, Identity, ListenerIdentity, PROJECT, Source, identify};
@@ -62,9 +64,6 @@ use crate::provision::Stream;
 
 /// The largest create body that is read ahead. dockerd has no limit of its own; compose's are a few kilobytes.
 const MAX_PEEK: usize = 4 << 20;
-/// How many daemons a request tries before it gives up. Each that refuses is ejected, so in a pool with
-/// anybody left this finds one.
-const TRIES: usize = 8;
 /// How long the first request of a client is waited for that has connected just before the proxy stops.
 const NEWCOMER: Duration = Duration::from_secs(1);
 /// How long a BuildKit client that was refused may keep its connection: it makes all its calls at once.
@@ -661,7 +660,7 @@ impl Connection {
     /// A daemon for the request, and a connection to it. Another daemon is tried only while no byte of the
     /// request has reached one and the session was not bound before: a bound session never silently moves.
     async fn reach(&mut self, want: &Want, manner: Manner, told: &mut Told) -> Result<(Lease, Side), Error> {
-        let mut tried: Vec<DaemonId> = Vec::new();
+        let mut attempts = Attempts::new(self.proxy.pool.config().connect_deadline);
         loop {
             let ticket = self.proxy.pool.acquire(want).await;
             let waiting = wait(&mut self.client, ticket, manner, told);
@@ -701,12 +700,14 @@ impl Connection {
                     };
                     let message = format!("daemon {id} cannot be reached: {error}");
                     lease.finish(Outcome::Unreached);
-                    if bound || tried.contains(&id) || tried.len() >= TRIES {
-                        return Err(Error::new(kind, message));
+                    match attempts.failed(&id, bound, Instant::now()) {
+                        Attempt::GiveUp => return Err(Error::new(kind, message)),
+                        Attempt::Again(pause) => sleep(pause).await,
+                        Attempt::Elsewhere => {
+                            tracing::warn!(daemon = %id, session = %want.key, "{message}; trying another");
+                            self.proxy.metrics.retries.inc();
+                        }
                     }
-                    tracing::warn!(daemon = %id, session = %want.key, "{message}; trying another");
-                    self.proxy.metrics.retries.inc();
-                    tried.push(id);
                 }
             }
         }
