@@ -15,6 +15,9 @@ use super::{Config, Daemon, Engine, Timer, balancer, members};
 
 /// Work that ends within this time may have failed. Builds on a full disk end after 20 to 120 ms.
 const FAST: Time = Time::from_secs(1);
+/// The same where the stream has said that it failed: a busy machine takes seconds for what a full disk fails, and a
+/// user's failure of that age costs a deep probe at most.
+const FAST_FAILURE: Time = Time::from_secs(5);
 /// Two fast ends within this time ask for a deep probe: a user's mistake fails fast, too, and of a BuildKit build it is
 /// not seen whether it has failed or came from the cache.
 const FAST_PAIR: Time = Time::from_secs(10);
@@ -91,6 +94,17 @@ enum Suspicion {
     Mild,
     /// The daemon has answered with server errors.
     Grave,
+}
+
+/// How work has ended that may say something of its daemon.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum End {
+    /// The daemon has answered with a server error.
+    Erred,
+    /// Its stream says that it has failed, or broke off.
+    Failed,
+    /// Nobody but its client knows.
+    Unknown,
 }
 
 impl Vitals {
@@ -240,6 +254,12 @@ impl Daemon {
         if self.health == Health::Ejected { pause(self.vitals.strikes) } else { Time::ZERO }
     }
 
+    /// How long after a good probe the next one is due. Who is out is asked at least as often as its shortest pause is
+    /// long: it comes back by probes alone, however rare those of a daemon in good health are.
+    pub fn until_probe(&self, interval: Time) -> Time {
+        if self.health == Health::Ejected { interval.min(PAUSE) } else { interval }
+    }
+
     /// How long `/info` takes, smoothed; `None` until it has answered.
     pub fn latency(&self) -> Option<Time> {
         self.vitals.latency
@@ -362,15 +382,15 @@ impl Engine {
 
     /// A request that started work has failed, or may have: on a daemon whose disk is full it does so fast. A user's
     /// broken Dockerfile fails fast as well, and a BuildKit build from the cache looks the same, so this ejects nobody.
-    pub(super) fn ended(&mut self, daemon: &DaemonId, erred: bool, lasted: Time, now: Time) {
+    pub(super) fn ended(&mut self, daemon: &DaemonId, end: End, lasted: Time, now: Time) {
         let Some(d) = self.daemons.get_mut(daemon) else { return };
         if d.state != State::Ready || d.health != Health::Healthy || self.config.deep_probe_interval.is_zero()
         {
             return;
         }
-        let (suspicion, gap) = if erred {
+        let (suspicion, gap) = if end == End::Erred {
             (Suspicion::Grave, GAP)
-        } else if lasted >= FAST {
+        } else if lasted >= if end == End::Failed { FAST_FAILURE } else { FAST } {
             return;
         } else {
             let before = d.vitals.fast.replace(now).map(|last| now.saturating_sub(last));

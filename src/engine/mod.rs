@@ -528,21 +528,21 @@ impl Engine {
     /// What the end of a request says about its daemon's health.
     fn judge(&mut self, gone: &Open, outcome: Outcome, now: Time) {
         let Some(work) = gone.work else { return };
-        let erred = outcome == Outcome::Erred;
         // A stream says whether it has failed, and a cached build that has not is done as fast as one that has. What
         // comes of a BuildKit connection only its client sees; one that does not build is done at once when all is well.
-        let may_have_failed = match work {
-            Work::Build | Work::Load | Work::Pull => {
-                matches!(outcome, Outcome::Failed | Outcome::DaemonFailed)
+        let end = match (work, outcome) {
+            (_, Outcome::Erred) => health::End::Erred,
+            (Work::Build | Work::Load | Work::Pull, Outcome::Failed | Outcome::DaemonFailed) => {
+                health::End::Failed
             }
-            Work::BuildKit if gone.unit == Unit::Build => {
-                matches!(outcome, Outcome::Done | Outcome::Failed | Outcome::DaemonFailed)
+            (Work::BuildKit, Outcome::Done | Outcome::Failed | Outcome::DaemonFailed)
+                if gone.unit == Unit::Build =>
+            {
+                health::End::Unknown
             }
-            Work::BuildKit | Work::Container | Work::Resource => false,
+            _ => return,
         };
-        if erred || may_have_failed {
-            self.ended(&gone.daemon, erred, now.saturating_sub(gone.since), now);
-        }
+        self.ended(&gone.daemon, end, now.saturating_sub(gone.since), now);
     }
 
     /// Something of the open's lease has reached its daemon: from now on the session stays there.

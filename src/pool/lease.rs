@@ -104,9 +104,10 @@ impl Drop for Lease {
         } else if self.outcome == Outcome::Done && self.failed.load(Ordering::Relaxed) {
             self.outcome = Outcome::Failed;
         }
+        self.pool.event(Event::Release { open: self.open, outcome: self.outcome });
+        // Afterwards: how soon it is asked again depends on whether this has ejected it.
         if matches!(self.outcome, Outcome::DaemonFailed | Outcome::Unreached) {
             self.daemon.wake.notify_one();
         }
-        self.pool.event(Event::Release { open: self.open, outcome: self.outcome });
     }
 }

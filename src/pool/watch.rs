@@ -168,7 +168,7 @@ fn recognise(pool: &Pool, handle: &Handle, identity: &mut Option<String>, facts:
 /// Applies events and probes until the events end or the daemon is another.
 async fn follow(pool: &Arc<Pool>, handle: &Handle, mut events: Incoming, identity: &mut Option<String>) {
     let mut lines = Lines::default();
-    let mut next = Instant::now() + pool.config().probe_interval;
+    let mut next = Instant::now() + pool.until_probe(handle);
     let mut probe = None;
     // Beside the probes: a daemon that is slow to list must be found out in time all the same.
     let mut list = None;
@@ -199,12 +199,12 @@ async fn follow(pool: &Arc<Pool>, handle: &Handle, mut events: Incoming, identit
                 probe = None;
                 match result {
                     Ok(info) => {
-                        next = Instant::now() + pool.config().probe_interval;
                         if identity.as_ref().is_some_and(|known| *known != info.id) {
                             return;
                         }
                         let facts = pool.facts(handle, &info);
                         probed(pool, handle, Probe::Answered(facts));
+                        next = Instant::now() + pool.until_probe(handle);
                     }
                     Err(error) => {
                         let refused = matches!(error, CallError::Refused(_));
@@ -375,6 +375,14 @@ impl Pool {
         if alias.is_some() {
             self.reconcile(&mut state);
         }
+    }
+
+    /// How long after a good probe the next one is due.
+    fn until_probe(&self, handle: &Handle) -> Duration {
+        let interval = self.config().probe_interval;
+        let state = self.lock();
+        let daemon = state.engine.daemons().find(|d| d.id == handle.id);
+        daemon.map_or(interval, |d| d.until_probe(interval))
     }
 
     /// Facts from a probe's `/info`, with the versions of the last contact.

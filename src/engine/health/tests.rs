@@ -121,6 +121,24 @@ impl Pool {
 const MOMENT: Time = Time::from_millis(50);
 
 #[test]
+fn one_that_is_out_is_probed_each_second_however_rarely_the_others_are() {
+    let mut pool = Pool::of(2, 4);
+    let (rarely, often) = (Time::from_secs(600), Time::from_millis(200));
+    assert_eq!(pool.daemon("a").until_probe(rarely), rarely);
+    pool.refuses("a");
+    assert_eq!(pool.daemon("a").until_probe(rarely), Time::from_secs(1));
+    assert_eq!(pool.daemon("a").until_probe(often), often);
+    assert_eq!(pool.daemon("b").until_probe(rarely), rarely);
+    pool.answers("a");
+    while !pool.takes("a") {
+        assert!(pool.now < Time::from_secs(5), "it does not come back");
+        pool.pass(pool.daemon("a").until_probe(rarely));
+        pool.answers("a");
+    }
+    assert_eq!(pool.daemon("a").until_probe(rarely), rarely);
+}
+
+#[test]
 fn one_slow_answer_ejects_nobody_and_a_refusal_does_at_once() {
     let mut pool = Pool::of(1, 1);
     pool.probe("a", Probe::Failed("slow".into()));
@@ -318,10 +336,35 @@ fn fast_failures_ask_for_a_deep_probe_and_eject_nobody() {
     pool.pass(Time::from_secs(61));
     pool.wrote("a", DeepProbe::Wrote);
     pool.deep_probes();
-    for i in 0..20 {
-        pool.builds(&format!("l{i}"), FAST, Outcome::Failed);
+    for i in 0..8 {
+        pool.builds(&format!("l{i}"), FAST_FAILURE, Outcome::Failed);
     }
     assert_eq!(pool.deep_probes(), 0, "builds that last are fine");
+}
+
+#[test]
+fn on_a_busy_machine_what_is_known_to_have_failed_need_not_have_done_so_within_a_second() {
+    for (work, outcome, asks) in [
+        (Work::Build, Outcome::Failed, 1),
+        (Work::Load, Outcome::DaemonFailed, 1),
+        (Work::Build, Outcome::Done, 0),
+        (Work::BuildKit, Outcome::Done, 0),
+    ] {
+        let mut pool = Pool::of(1, 4);
+        // Its turn in the interval is over.
+        pool.pass(Time::from_secs(61));
+        pool.wrote("a", DeepProbe::Wrote);
+        pool.deep_probes();
+        for i in 0..2 {
+            let (open, _) = pool.work(&format!("k{i}"), work).expect("a free slot");
+            if work == Work::BuildKit {
+                pool.tell(Event::BuildSeen(open));
+            }
+            pool.pass(FAST * 3);
+            pool.ends(open, outcome);
+        }
+        assert_eq!(pool.deep_probes(), asks, "{work:?} {outcome:?}");
+    }
 }
 
 #[test]
