@@ -13,6 +13,7 @@ mod memory;
 mod network;
 mod queueing;
 mod records;
+mod recovery;
 mod restart;
 mod streams;
 mod versions;
