@@ -72,14 +72,6 @@ fn row_02_a_frozen_daemon_is_out_within_five_seconds() {
     assert!(metric(&pool, "dindpool_ejections_total{reason=\"silent\"}") >= 1.0);
     daemons[0].signal(Signal::SIGCONT);
     pool.wait_healthy(2, secs(20));
-    // Row 33, on daemons that are really gone.
-    daemons.iter().for_each(|d| d.signal(Signal::SIGKILL));
-    wait_until("both are out", secs(5), || pool.healthy() == 0);
-    let answer =
-        http::request(&pool.tcp, "POST", "/v1.44/volumes/create", Some(&json!({ "Name": unique() })));
-    assert_eq!(answer.head.status(), 503, "{}", answer.text());
-    let message = answer.json()["message"].as_str().unwrap().to_owned();
-    assert_eq!(message.matches("ejected").count(), 2, "each is listed: {message}");
 }
 
 #[test]
@@ -89,7 +81,6 @@ fn row_03_a_daemon_with_a_full_disk_costs_three_builds_at_most() {
     let (full, good) = (Dockerd::start("28.5", small.path()), Dockerd::start("28.5", roomy.path()));
     let pool = Pool::serve([&full.addr, &good.addr]).start();
     pool.wait_healthy(2, secs(20));
-    broken_dockerfiles_eject_nobody(&pool);
 
     small.fill();
     assert!(is_healthy(&pool, &full.addr), "/info is as green as ever");
@@ -144,22 +135,6 @@ fn row_03_a_daemon_with_a_full_disk_costs_three_builds_at_most() {
         let images = http::get(&daemon.addr, "/images/json").text();
         assert!(!images.contains("dindpool-probe"), "a probe has left something: {images}");
     }
-}
-
-/// Row 32: what a user does wrong ends as fast as what a daemon does.
-fn broken_dockerfiles_eject_nobody(pool: &Pool) {
-    let t = Session::new(&pool.host(), client::CLI_28);
-    t.context("ctx", "FROM scratch\nNONSENSE\n");
-    t.context("ctx2", "FROM scratch\nCOPY nothing /\n");
-    for _ in 0..5 {
-        t.fails("docker build --network none ctx");
-        t.fails("docker build --network none ctx2");
-        assert_eq!(pool.healthy(), 2, "{:?}", pool.status());
-    }
-    wait_until("they were looked into", secs(10), || {
-        metric(pool, "dindpool_probes_total{kind=\"deep\",outcome=\"answered\"}") >= 1.0
-    });
-    assert_eq!(metric(pool, "dindpool_ejections_total"), 0.0);
 }
 
 /// A fake daemon, since a real one cannot be made slow in `/info` alone.

@@ -331,3 +331,53 @@ fn row_34_who_waited_for_a_daemon_that_comes_back_gets_it_one_after_the_other() 
     assert!(times[SLOTS - 1] >= secs(SLOTS as u64 - 1));
     assert!(waiters.iter().chain(&holders).all(|(_, _, job)| job.code().is_none()), "nobody was lost");
 }
+
+#[test]
+fn row_33_when_nobody_is_well_every_client_is_told_so_and_nothing_is_sent_anywhere() {
+    crate::require!(needs());
+    let roots = [short_dir(), short_dir()];
+    let mut daemons = roots.each_ref().map(|root| Dockerd::start("28.5", root.path()));
+    let pool = Pool::serve(daemons.iter().map(|d| &d.addr)).start();
+    pool.wait_healthy(2, secs(20));
+    assert_eq!(pool.admin("/readyz").head.status(), 200);
+    // One is dead, and one takes connections and answers nothing.
+    daemons[0].signal(Signal::SIGKILL);
+    daemons[1].signal(Signal::SIGSTOP);
+    wait_until("both are out", secs(20), || pool.healthy() == 0);
+    assert_eq!(pool.admin("/readyz").head.status(), 503);
+    assert_eq!(pool.admin("/livez").head.status(), 200, "the proxy itself lives");
+
+    let name = format!("v{}", unique());
+    let volume = json!({ "Name": name });
+    let start = Instant::now();
+    for (method, path) in [("GET", "/v1.44/containers/json"), ("POST", "/v1.44/volumes/create")] {
+        let body = (method == "POST").then_some(&volume);
+        let answer = http::request(&pool.tcp, method, path, body);
+        assert_eq!(answer.head.status(), 503);
+        assert_eq!(answer.head.get("content-type"), Some("application/json"));
+        assert!(answer.head.get("retry-after").is_some());
+        let message = answer.json()["message"].as_str().unwrap().to_owned();
+        for daemon in pool.daemons() {
+            assert!(message.contains(&daemon.id), "{message:?} does not tell that {} was tried", daemon.id);
+        }
+        assert_eq!(message.matches("ejected").count(), 2, "each is listed: {message}");
+    }
+    for flavour in BUILDERS {
+        let t = Session::new(&pool.host(), flavour);
+        t.context("ctx", CONTEXT);
+        for (command, code) in [("docker ps", 1), ("docker run --rm nothing", 125), ("docker build ctx", 1)] {
+            let out = t.run(command);
+            assert_eq!(out.code, code, "{}: {command}: {}", flavour.name, out.all());
+            let told = out.stderr.contains("daemon") && !out.stderr.contains("moby/buildkit");
+            assert!(told, "{}: {command}: {}", flavour.name, out.all());
+        }
+    }
+    say(format!("          row 33: eleven requests were refused, all in {:?}", start.elapsed()));
+    daemons[1].signal(Signal::SIGCONT);
+    daemons[0].restart();
+    pool.wait_healthy(2, secs(30));
+    for daemon in pool.daemons() {
+        assert!(!daemon.has_volume(&name), "what was refused has been done on {}", daemon.id);
+    }
+    works(&pool, client::CLI_28);
+}

@@ -1,13 +1,15 @@
 //! A proxy that is killed, and the next one: nothing is stored, so it learns from the daemons before it answers.
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
+use crate::builds::HangingBuild;
 use crate::common::client::{self, Session};
 use crate::common::daemon::Daemon;
 use crate::common::fake_daemon::FakeDaemon;
 use crate::common::http::{self, Addr, Conn};
 use crate::common::pool::Pool;
-use crate::common::{millis, parts, secs, unique};
+use crate::common::{millis, parts, say, secs, unique, wait_until};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
@@ -18,7 +20,7 @@ fn ask(addr: &Addr, key: &str, method: &str, path: &str, body: Option<&Value>) -
 
 #[test]
 fn row_12_a_proxy_that_was_killed_is_followed_by_one_that_knows_containers_and_execs() {
-    crate::require!(parts::all(&["busybox/rootfs.tar", "cli-28/docker"]));
+    crate::require!(parts::all(&["busybox/rootfs.tar", "cli-28/docker", "buildx-0.29/docker-buildx"]));
     let daemons = crate::require!(parts::dockerd("28.5").map(|dockerd| Pool::up(&[dockerd], 2).start()));
     daemons.wait_healthy(2, secs(60));
     let all: Vec<Daemon> = daemons.daemons();
@@ -38,8 +40,23 @@ fn row_12_a_proxy_that_was_killed_is_followed_by_one_that_knows_containers_and_e
         let exec = http::request(&daemon.addr, "POST", &path, Some(&command)).json()["Id"].clone();
         made.push((name, container, exec.as_str().unwrap().to_owned()));
     }
+    // And two builds and a wait, which end when the proxy does, neither of them well.
+    let build = HangingBuild::start(&front, client::BUILDX_29);
+    let classic = HangingBuild::start(&front, client::CLI_28);
+    let wait = t.start(&format!("exec docker wait {}", made[0].0));
+    wait_until("it waits", secs(10), || front.metric("dindpool_streams{kind=\"exchange\"}") >= 2.0);
     front.signal(Signal::SIGKILL);
+    let killed = Instant::now();
     drop(front);
+    for (what, job) in [("buildx", &build.job), ("classic build", &classic.job), ("wait", &wait)] {
+        let out = job.wait(secs(10));
+        assert!(out.code != 0 && !out.stderr.trim().is_empty(), "{what}: {}: {}", out.code, out.all());
+    }
+    wait_until("the daemons have stopped the builds", secs(10), || !build.runs() && !classic.runs());
+    say(format!(
+        "          row 12: three streams ended badly, and their builds, {:?} after a SIGKILL",
+        killed.elapsed()
+    ));
 
     let next = Pool::serve(all.iter().map(|d| &d.addr)).start();
     // At once, from sessions that have no daemon, and from one that is bound to the other daemon.
