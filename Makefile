@@ -38,6 +38,10 @@ up: ## install what is missing, start a pool here, build and run through it (ARG
 test: ## everything: format, lints, docs, licences, unit tests, real daemons and clients (root)
 	@scripts/test
 
+.PHONY: soak
+soak: ## hours: 100,000 simulated seeds, the failure suite 20 times, 10 minutes of random work and faults (root)
+	@scripts/soak
+
 .PHONY: bench
 bench: ## engine and relay benches, and the relay beside other proxies (minutes)
 	nice -n 5 cargo bench
@@ -58,7 +62,7 @@ fmt-check: ## fail where the source is not formatted
 .PHONY: lint
 lint: ## clippy on every target, and shellcheck if it is there; a warning is a fault
 	cargo clippy --locked --all-targets -- -D warnings
-	@if command -v shellcheck >/dev/null; then shellcheck scripts/up scripts/test .ci/run tests/parts/install; \
+	@if command -v shellcheck >/dev/null; then shellcheck scripts/up scripts/test scripts/soak .ci/run tests/parts/install; \
 	else echo "shellcheck is not installed: scripts were not checked (apt-get install shellcheck)"; fi
 
 .PHONY: doc

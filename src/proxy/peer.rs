@@ -9,7 +9,7 @@ use std::collections::{HashMap, VecDeque};
 use std::io::Read;
 use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::{fs, io};
 
 use netlink_packet_core::{NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
@@ -20,15 +20,15 @@ use netlink_sys::{Socket, SocketAddr as NetlinkAddr, protocols::NETLINK_SOCK_DIA
 
 use super::identify::{Source, sanitise};
 
-/// How many processes are tried before all of /proc is searched: a buildx build opens eleven connections.
+/// How many processes are remembered and tried before all of /proc is searched: a buildx build opens eleven
+/// connections.
 const RECENT: usize = 32;
-/// How many of them are tried on a thread of the runtime, and how many descriptors of each: one system call for
-/// each descriptor, and a test runner or a proxy may have thousands.
+/// How many of them are tried on a thread of the runtime.
 const AT_ONCE: usize = 2;
-const FEW: usize = 64;
 /// How many session leaders' start times are remembered after they may have exited.
 const LEADERS: usize = 4096;
-/// How many of a process's newest descriptors are looked at before all of them are: it may have opened some since.
+/// How many of a process's newest descriptors are looked at before all of them are: it may have opened some since. One
+/// system call for each.
 const LATELY: u32 = 64;
 
 /// Recognises client processes.
@@ -37,12 +37,25 @@ pub struct Peers {
     /// Variables that name a session, each a list of names that must all be set (`GITHUB_RUN_ID` and its
     /// attempt), in order of precedence.
     variables: Vec<Vec<String>>,
-    recent: Mutex<VecDeque<u32>>,
+    /// The processes that connected last, the latest in front.
+    recent: Mutex<VecDeque<Recent>>,
+    /// Held by whoever searches: one at a time, because a search through a process with thousands of connections
+    /// (an agent, a load generator) takes milliseconds and finds those of all who wait for their turn meanwhile.
+    searching: Arc<tokio::sync::Mutex<()>>,
     /// Asks the kernel for the owners of sockets.
     kernel: Mutex<Option<Socket>>,
     /// Start times of session leaders: a leader may exit before its session does, and the key must not
     /// change then.
     leaders: Mutex<HashMap<u32, u64>>,
+}
+
+/// A process that has connected.
+#[derive(Debug)]
+struct Recent {
+    pid: u32,
+    /// Its sockets when all its descriptors were looked at last: inode and descriptor. Since then it may have closed
+    /// them, or it may be another process by now, so a socket found here is looked at once more.
+    sockets: HashMap<u32, u32>,
 }
 
 /// The variable that names a session whatever the CI system.
@@ -61,6 +74,7 @@ impl Peers {
         Peers {
             variables: variables.iter().map(split).collect(),
             recent: Mutex::default(),
+            searching: Arc::default(),
             kernel: Mutex::default(),
             leaders: Mutex::default(),
         }
@@ -77,13 +91,27 @@ impl Peers {
     pub async fn loopback(self: Arc<Self>, client: SocketAddr, server: SocketAddr) -> Source {
         let unknown = Source::Ip(client.ip());
         let Ok(Some((inode, uid))) = self.owner(client, server) else { return unknown };
-        // The process that connected a moment ago, again: faster than handing it to another thread. All of
-        // /proc takes milliseconds on a machine with many processes, so that is done off the runtime.
+        // The process that connected a moment ago, again: faster than handing it to another thread.
         let link = link_of(inode);
-        let process = match self.recent_holder(AT_ONCE, |pid| holds(pid, &link, FEW)) {
+        let at_hand =
+            || self.seen(inode).or_else(|| self.recent_holder(AT_ONCE, |pid| holds_lately(pid, &link)));
+        let process = match at_hand() {
             Some(pid) => self.process(pid),
             None => {
-                tokio::task::spawn_blocking(move || self.process(self.holder(inode)?)).await.ok().flatten()
+                let turn = self.searching.clone().lock_owned().await;
+                match self.seen(inode) {
+                    Some(pid) => self.process(pid),
+                    // All of /proc takes milliseconds on a machine with many processes: off the runtime. The search
+                    // keeps its turn when its client has gone.
+                    None => {
+                        let search = move || {
+                            let pid = self.holder(inode);
+                            drop(turn);
+                            self.process(pid?)
+                        };
+                        tokio::task::spawn_blocking(search).await.ok().flatten()
+                    }
+                }
             }
         };
         // Another user's process, and not enough rights to look: at least users are told apart.
@@ -103,35 +131,60 @@ impl Peers {
         Ok(owner)
     }
 
+    fn recent(&self) -> MutexGuard<'_, VecDeque<Recent>> {
+        self.recent.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The process that has a socket open, if a search has met that socket.
+    fn seen(&self, inode: u32) -> Option<u32> {
+        let (pid, fd) = {
+            let mut recent = self.recent();
+            // Taken out: each connection is asked about once.
+            recent.iter_mut().find_map(|r| r.sockets.remove(&inode).map(|fd| (r.pid, fd)))?
+        };
+        let link = fs::read_link(format!("/proc/{pid}/fd/{fd}")).ok()?;
+        (link.as_os_str() == link_of(inode).as_str()).then_some(pid)
+    }
+
     /// The process that has a socket open, if it is one of the last few. `holds` looks at one of them.
     fn recent_holder(&self, processes: usize, holds: impl Fn(u32) -> bool) -> Option<u32> {
         // Copied: the lock is not held while /proc is read.
-        let recent: Vec<u32> = {
-            let recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
-            recent.iter().take(processes).copied().collect()
-        };
+        let recent: Vec<u32> = self.recent().iter().take(processes).map(|r| r.pid).collect();
         recent.into_iter().find(|pid| holds(*pid))
     }
 
-    /// The process that has a socket open.
+    /// The process that has a socket open, by a search.
     fn holder(&self, inode: u32) -> Option<u32> {
         let link = link_of(inode);
-        let found = (self.recent_holder(RECENT, |pid| holds_lately(pid, &link)))
-            .or_else(|| self.recent_holder(RECENT, |pid| holds(pid, &link, usize::MAX)))
-            .or_else(|| {
-                let mut pids: Vec<u32> = fs::read_dir("/proc")
-                    .ok()?
-                    .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
-                    .collect();
-                // A client has most likely started a moment ago.
-                pids.sort_unstable_by(|a, b| b.cmp(a));
-                pids.into_iter().find(|pid| holds(*pid, &link, usize::MAX))
-            })?;
-        let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
-        recent.retain(|pid| *pid != found);
-        recent.push_front(found);
+        if let Some(pid) = self.recent_holder(RECENT, |pid| holds_lately(pid, &link)) {
+            self.remember(pid, None);
+            return Some(pid);
+        }
+        let recent: Vec<u32> = self.recent().iter().map(|r| r.pid).collect();
+        let mut pids: Vec<u32> = fs::read_dir("/proc")
+            .ok()?
+            .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+            .filter(|pid| !recent.contains(pid))
+            .collect();
+        // A client has most likely started a moment ago.
+        pids.sort_unstable_by(|a, b| b.cmp(a));
+        recent.into_iter().chain(pids).find(|pid| {
+            let sockets = sockets(*pid);
+            let found = sockets.contains_key(&inode);
+            if found {
+                self.remember(*pid, Some(sockets));
+            }
+            found
+        })
+    }
+
+    /// A process has connected, and these are all its sockets, if somebody has looked.
+    fn remember(&self, pid: u32, sockets: Option<HashMap<u32, u32>>) {
+        let mut recent = self.recent();
+        let known = recent.iter().position(|r| r.pid == pid).and_then(|at| recent.remove(at));
+        let sockets = sockets.or_else(|| known.map(|r| r.sockets)).unwrap_or_default();
+        recent.push_front(Recent { pid, sockets });
         recent.truncate(RECENT);
-        Some(found)
     }
 
     /// How a process is recognised: by its environment, else by its POSIX session.
@@ -170,17 +223,18 @@ fn link_of(inode: u32) -> String {
     format!("socket:[{inode}]")
 }
 
-/// Whether one of the newest descriptors of a process is this socket. The kernel gives out the lowest number that is
-/// free, so those of a process with thousands of connections (an agent, a load generator) lie without a gap, and a new
-/// one is the last. To look through all of them costs 12 ms at 9,000, for each connection.
+/// Whether one of the newest descriptors of a process is this socket: of a process with few, any of them. The kernel
+/// gives out the lowest number that is free, so those of a process with thousands of connections (an agent, a load
+/// generator) lie without a gap, and a new one is the last. To look through all of them costs 12 ms at 9,000, for each
+/// connection, and even the beginning of their list costs much, since the kernel fills a whole buffer.
 fn holds_lately(pid: u32, link: &str) -> bool {
     let open = |fd: u32| fs::read_link(format!("/proc/{pid}/fd/{fd}")).ok();
     // In all that follows the last descriptor is between these two.
-    let (mut from, mut to) = (0, 64);
+    let (mut from, mut to) = (0, LATELY);
     while open(to).is_some() {
         (from, to) = (to, 2 * to);
     }
-    while to - from > 1 {
+    while from > 0 && to - from > 1 {
         let middle = from + (to - from) / 2;
         if open(middle).is_some() {
             from = middle;
@@ -188,16 +242,18 @@ fn holds_lately(pid: u32, link: &str) -> bool {
             to = middle;
         }
     }
-    (from.saturating_sub(LATELY)..=from).rev().any(|fd| open(fd).is_some_and(|l| l.as_os_str() == link))
+    (to.saturating_sub(LATELY)..=to).rev().any(|fd| open(fd).is_some_and(|l| l.as_os_str() == link))
 }
 
-/// Whether one of the first `descriptors` of a process is this socket.
-fn holds(pid: u32, link: &str, descriptors: usize) -> bool {
-    let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
-    entries
-        .filter_map(Result::ok)
-        .take(descriptors)
-        .any(|e| fs::read_link(e.path()).is_ok_and(|l| l.as_os_str() == link))
+/// All sockets of a process: inode and descriptor.
+fn sockets(pid: u32) -> HashMap<u32, u32> {
+    let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fd")) else { return HashMap::new() };
+    let socket = |entry: fs::DirEntry| {
+        let link = fs::read_link(entry.path()).ok()?;
+        let inode = link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()?;
+        Some((inode, entry.file_name().to_str()?.parse().ok()?))
+    };
+    entries.filter_map(|entry| socket(entry.ok()?)).collect()
 }
 
 /// A non-empty variable of an environment block.
@@ -299,15 +355,12 @@ mod tests {
         let peers = Arc::new(Peers::new(&[]));
         let (client, server) = (client_side.local_addr().unwrap(), server_side.local_addr().unwrap());
         let (inode, _) = peers.owner(client, server).unwrap().unwrap();
-        assert_eq!(peers.recent_holder(AT_ONCE, |pid| holds(pid, &link_of(inode), usize::MAX)), None);
+        assert!(peers.recent().is_empty() && peers.seen(inode).is_none());
         // A child of another test has it, too, between its fork and its exec.
         while peers.holder(inode) != Some(std::process::id()) {
             std::thread::yield_now();
         }
-        assert_eq!(
-            peers.recent_holder(AT_ONCE, |pid| holds(pid, &link_of(inode), usize::MAX)),
-            Some(std::process::id())
-        );
+        assert_eq!(peers.recent().front().map(|r| r.pid), Some(std::process::id()));
         let source = peers.clone().loopback(client, server).await;
         let (session, started) =
             stat(std::process::id()).map(|(s, _)| (s, stat(s).map_or(0, |x| x.1))).unwrap();
@@ -328,6 +381,29 @@ mod tests {
             std::thread::yield_now();
         }
         drop(many);
+    }
+
+    #[test]
+    fn one_search_finds_all_sockets_of_a_process_and_a_stale_finding_is_nobodys() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let clients: Vec<TcpStream> = (0..3).map(|_| TcpStream::connect(address).unwrap()).collect();
+        let peers = Peers::new(&[]);
+        let inode =
+            |client: &TcpStream| peers.owner(client.local_addr().unwrap(), address).unwrap().unwrap().0;
+        let inodes: Vec<u32> = clients.iter().map(inode).collect();
+        let this = std::process::id();
+        peers.remember(this, Some(sockets(this)));
+        assert_eq!(peers.seen(inodes[0]), Some(this));
+        assert_eq!(peers.seen(inodes[0]), None, "each connection is asked about once");
+        // Its descriptor is another file by now: the finding must not be believed.
+        let (fd, null) = (clients[1].as_raw_fd(), fs::File::open("/dev/null").unwrap());
+        // SAFETY: both descriptors are open, and owned by this test until it ends.
+        assert!(unsafe { libc::dup2(null.as_raw_fd(), fd) } == fd);
+        assert_eq!(peers.seen(inodes[1]), None);
+        // Nor where the process has gone.
+        peers.recent()[0].pid = u32::MAX >> 1;
+        assert_eq!(peers.seen(inodes[2]), None);
     }
 
     #[test]

@@ -3,9 +3,9 @@
 use std::time::Instant;
 
 use crate::common::client::{self, Session};
+use crate::common::dockerd::{Dockerd, Tmpfs};
 use crate::common::pool::Pool;
 use crate::common::{millis, parts, say, secs};
-use crate::dockerd::{Dockerd, Tmpfs};
 
 /// What the context becomes, in MiB; the data root holds a small part of that.
 const UNPACKED: u64 = 600;

@@ -281,6 +281,7 @@ fn row_24_nine_thousand_held_streams_leave_health_admin_and_builds_as_they_were(
     }
     let pool = crate::require!(real(2));
     let empty = pool.rss();
+    let (begun, used) = (Instant::now(), pool.cpu());
     let streams: Vec<Conn> = (0..held)
         .map(|n| {
             let mut conn = Conn::connect(&pool.tcp);
@@ -293,10 +294,19 @@ fn row_24_nine_thousand_held_streams_leave_health_admin_and_builds_as_they_were(
         .collect();
     let open = || pool.metric("dindpool_streams{kind=\"exchange\"}");
     wait_until("all streams are open", secs(120), || open() >= held as f64);
+    say(format!(
+        "          {held} streams are open after {:?}, {:?} of the proxy's processor time",
+        begun.elapsed(),
+        pool.cpu() - used
+    ));
+    // No daemon was taken for a dead one meanwhile.
+    let ejected = pool.metric("dindpool_ejections_total{reason=\"silent\"}");
+    assert!(debug || ejected == 0.0, "{ejected} ejections");
     let full = pool.rss();
     let each = (full.saturating_sub(empty)) as f64 / held as f64;
     say(format!("          {held} streams: {empty} KiB became {full} KiB, {each:.2} KiB for each"));
-    assert!(debug || each <= 4.5, "{each} KiB for each stream");
+    // All come at once, so this is the most that they ever held; a stream that only idles costs less (benches/run).
+    assert!(debug || each <= 6.0, "{each} KiB for each stream");
     for page in ["/livez", "/readyz", "/status", "/metrics"] {
         let start = Instant::now();
         assert_eq!(pool.admin(page).head.status(), 200, "{page}");

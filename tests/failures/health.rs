@@ -9,11 +9,11 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::common::client::{self, Flavour, Session};
+use crate::common::dockerd::{Dockerd, Tmpfs};
 use crate::common::fake_daemon::FakeDaemon;
 use crate::common::http::{self, Addr};
 use crate::common::pool::Pool;
 use crate::common::{holds_for, millis, parts, say, secs, short_dir, unique, wait_until};
-use crate::dockerd::{Dockerd, Tmpfs};
 
 const CONTEXT: &str = "FROM scratch\nARG MARK\nLABEL mark=$MARK\nADD rootfs.tar /\n";
 

@@ -8,11 +8,11 @@ use serde_json::json;
 use crate::builds::Counter;
 use crate::common::client::{self, Session};
 use crate::common::daemon::Daemon;
+use crate::common::dockerd::Dockerd;
 use crate::common::http::{self, Addr};
 use crate::common::netns::Bridge;
 use crate::common::pool::Pool;
 use crate::common::{parts, poll, root, say, secs, short_dir, unique, wait_until};
-use crate::dockerd::Dockerd;
 
 fn needs() -> Result<(), String> {
     root()?;

@@ -4,7 +4,6 @@
 
 mod bomb;
 mod builds;
-mod dockerd;
 mod drain;
 mod edge;
 mod health;

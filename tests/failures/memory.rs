@@ -4,10 +4,10 @@ use std::io::Write;
 use std::time::Instant;
 
 use crate::builds::{BUILDERS, Counter, HangingBuild, last_line, works};
+use crate::common::dockerd::{Dockerd, MemoryLimit};
 use crate::common::http::{Addr, Conn};
 use crate::common::pool::Pool;
 use crate::common::{parts, poll, say, secs, short_dir, wait_until};
-use crate::dockerd::{Dockerd, MemoryLimit};
 
 /// What dockerd reads into memory before it answers: the body of a `create`, of a size that only its memory bounds.
 const GREED: usize = 512 << 20;

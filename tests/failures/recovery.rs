@@ -12,10 +12,10 @@ use serde_json::{Value, json};
 use crate::builds::{BUILDERS, works};
 use crate::common::client::{self, Flavour, Session};
 use crate::common::daemon::Daemon;
+use crate::common::dockerd::Dockerd;
 use crate::common::http::{self, Addr, Conn};
 use crate::common::pool::Pool;
 use crate::common::{holds_for, parts, poll, say, secs, short_dir, unique, wait_until};
-use crate::dockerd::Dockerd;
 
 const CONTEXT: &str = "FROM scratch\nADD rootfs.tar /\n";
 

@@ -10,9 +10,9 @@ use nix::unistd::Pid;
 use crate::builds::works;
 use crate::common::client::{self, Flavour, Job, Session};
 use crate::common::daemon::processes;
+use crate::common::dockerd::Dockerd;
 use crate::common::pool::Pool;
 use crate::common::{holds_for, parts, say, secs, short_dir, unique, wait_until};
-use crate::dockerd::Dockerd;
 
 const CONTEXT: &str = "FROM scratch\nADD rootfs.tar /\n";
 

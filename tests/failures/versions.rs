@@ -1,9 +1,9 @@
 //! Daemons whose API versions have nothing in common.
 
 use crate::common::client::{self, Session};
+use crate::common::dockerd::Dockerd;
 use crate::common::pool::Pool;
 use crate::common::{parts, say, secs, short_dir, unique, wait_until};
-use crate::dockerd::Dockerd;
 
 /// 20.10 ends at 1.41, and 29.0 to 29.2 begin at 1.44; later ones begin lower again, unless they are told.
 #[test]

@@ -11,8 +11,8 @@ use std::process::{Child, Command, Stdio};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::common::http::{self, Addr};
-use crate::common::{parts, poll, secs, short_dir, tail};
+use super::http::{self, Addr};
+use super::{parts, poll, secs, short_dir, tail};
 
 /// A file system of a few MiB in memory.
 pub struct Tmpfs(tempfile::TempDir);
@@ -65,7 +65,7 @@ pub struct MemoryLimit {
 impl MemoryLimit {
     /// One without a limit yet, or why there cannot be one here.
     pub fn new() -> Result<MemoryLimit, String> {
-        crate::common::root()?;
+        super::root()?;
         let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
         let hierarchies = mounts.lines().filter_map(|line| {
             let fields: Vec<&str> = line.split(' ').collect();
@@ -81,7 +81,7 @@ impl MemoryLimit {
             }
         });
         for (root, unified) in hierarchies {
-            let dir = root.join(format!("dp{}", crate::common::unique()));
+            let dir = root.join(format!("dp{}", super::unique()));
             if fs::create_dir(&dir).is_ok() {
                 return Ok(MemoryLimit { dir, unified });
             }
