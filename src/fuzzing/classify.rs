@@ -8,11 +8,14 @@ use crate::proxy::classify::{Local, Route, classify as route_of, prefix};
 use crate::proxy::relay::RequestHead;
 use crate::proxy::without_prefix;
 
-/// `METHOD TARGET`: anything that the relay takes has a class, and the same one however it is spelt: with another
-/// API version, with its path or its query percent-encoded. Reading starts no work, and what changes a swarm is
+/// Lines of `METHOD TARGET`: anything that the relay takes has a class, and the same one however it is spelt: with
+/// another API version, with its path or its query percent-encoded. Reading starts no work, and what changes a swarm is
 /// refused.
 pub fn classify(data: &[u8]) {
-    let line = data.split(|b| matches!(b, b'\r' | b'\n')).next().unwrap_or_default();
+    data.split(|b| matches!(b, b'\r' | b'\n')).filter(|line| !line.is_empty()).for_each(request_line);
+}
+
+fn request_line(line: &[u8]) {
     let Ok(head) = RequestHead::parse([line, b" HTTP/1.1\r\n\r\n"].concat()) else { return };
     let prefix = prefix(head.target());
     for part in [prefix.tenant, prefix.session, prefix.project].into_iter().flatten() {
