@@ -62,7 +62,8 @@ fmt-check: ## fail where the source is not formatted
 .PHONY: lint
 lint: ## clippy on every target, and shellcheck if it is there; a warning is a fault
 	cargo clippy --locked --all-targets -- -D warnings
-	@if command -v shellcheck >/dev/null; then shellcheck scripts/up scripts/test scripts/soak .ci/run tests/parts/install; \
+	@if command -v shellcheck >/dev/null; then shellcheck scripts/up scripts/test scripts/soak .ci/run tests/parts/install \
+		tests/cluster/cluster tests/cluster/images; \
 	else echo "shellcheck is not installed: scripts were not checked (apt-get install shellcheck)"; fi
 
 .PHONY: doc

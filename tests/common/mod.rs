@@ -6,6 +6,7 @@
 #![allow(dead_code, reason = "each test binary uses its own part of the harness")]
 
 pub mod client;
+pub mod cluster;
 pub mod daemon;
 pub mod dockerd;
 pub mod fake_daemon;

@@ -1,0 +1,265 @@
+//! A real Kubernetes cluster of one node (tests/cluster), with images for daemons and clients in it.
+
+use std::fs::{self, File, TryLockError};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Instant;
+
+use serde_json::Value;
+
+use super::{parts, poll, say, secs, short_dir, unique, wait_until};
+
+/// The image of a Docker daemon, which listens on port 2375 without TLS.
+pub const DIND: &str = "localhost/dind:28.5";
+/// The image of a client with buildx, which has [`BUSYBOX`] in `/busybox.tar` for `docker load`.
+pub const DOCKER_CLI: &str = "localhost/docker-cli:28";
+/// An image to build on.
+pub const BUSYBOX: &str = "localhost/busybox:1";
+/// The host's address, as pods and the node reach it.
+pub const HOST: &str = "10.98.0.1";
+
+/// A test's namespace in the cluster. The cluster itself is shared with the tests that run at the same time: it comes
+/// with the first of them and goes with the last.
+pub struct Cluster {
+    node: Arc<Node>,
+    /// The namespace, which is that of the kubeconfig too.
+    pub namespace: String,
+    /// The administrator's kubeconfig.
+    pub kubeconfig: PathBuf,
+}
+
+/// A pod as the API server tells it.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Pod {
+    pub name: String,
+    /// The host reaches it too. Empty until it is known.
+    pub ip: String,
+    pub ready: bool,
+}
+
+impl Cluster {
+    /// Starts the cluster, or joins the one that other tests of this binary have; with an empty namespace.
+    pub fn start() -> Result<Cluster, String> {
+        static SHARED: Mutex<Weak<Node>> = Mutex::new(Weak::new());
+        // A test that could not start it has said so, and the next one may try.
+        let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+        let node = match shared.upgrade() {
+            Some(node) => node,
+            None => Arc::new(Node::start()?),
+        };
+        *shared = Arc::downgrade(&node);
+        drop(shared);
+
+        let namespace = format!("test-{}", unique());
+        let kubeconfig = node.dir.path().join(format!("{namespace}.kubeconfig"));
+        fs::copy(node.dir.path().join("admin.kubeconfig"), &kubeconfig).expect("the kubeconfig");
+        let cluster = Cluster { node, namespace, kubeconfig };
+        cluster.kubectl(&["config", "set-context", "--current", "--namespace", &cluster.namespace]);
+        cluster.kubectl(&["create", "namespace", &cluster.namespace]);
+        // No pod can be made without it.
+        wait_until("the namespace has its service account", secs(30), || {
+            cluster.try_kubectl(&["get", "serviceaccount", "default"]).status.success()
+        });
+        Ok(cluster)
+    }
+
+    /// Runs kubectl, which must succeed, in this namespace; what it prints.
+    #[track_caller]
+    pub fn kubectl(&self, args: &[&str]) -> String {
+        printed(args, &self.try_kubectl(args))
+    }
+
+    /// The same with any outcome.
+    pub fn try_kubectl(&self, args: &[&str]) -> Output {
+        self.command(args).stdin(Stdio::null()).output().expect("kubectl runs")
+    }
+
+    /// kubectl, for whoever wants to go on while it runs.
+    pub fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(parts::dir().join("kubernetes/bin/kube"));
+        command.arg("ctl").args(args).env("KUBECONFIG", &self.kubeconfig);
+        command
+    }
+
+    /// Applies manifests in YAML.
+    #[track_caller]
+    pub fn apply(&self, yaml: &str) {
+        let args = ["apply", "-f", "-"];
+        let mut kubectl = self.command(&args);
+        let kubectl = kubectl.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut kubectl = kubectl.spawn().expect("kubectl runs");
+        kubectl.stdin.take().expect("a pipe").write_all(yaml.as_bytes()).expect("kubectl reads");
+        printed(&args, &kubectl.wait_with_output().expect("kubectl ends"));
+    }
+
+    /// The pods that a label selector selects and that nobody has deleted, by name.
+    #[track_caller]
+    pub fn pods(&self, selector: &str) -> Vec<Pod> {
+        let list: Value = serde_json::from_str(&self.kubectl(&["get", "pods", "-l", selector, "-o", "json"]))
+            .expect("JSON");
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let mut pods: Vec<Pod> = list["items"]
+            .as_array()
+            .expect("a list")
+            .iter()
+            .filter(|pod| pod["metadata"]["deletionTimestamp"].is_null())
+            .map(|pod| Pod {
+                name: text(&pod["metadata"]["name"]),
+                ip: text(&pod["status"]["podIP"]),
+                ready: pod["status"]["conditions"]
+                    .as_array()
+                    .is_some_and(|all| all.iter().any(|c| c["type"] == "Ready" && c["status"] == "True")),
+            })
+            .collect();
+        pods.sort();
+        pods
+    }
+
+    /// Waits until `n` pods are selected and all of them are ready.
+    #[track_caller]
+    pub fn wait_ready(&self, selector: &str, n: usize) -> Vec<Pod> {
+        let ready = poll(secs(120), || {
+            let pods = self.pods(selector);
+            (pods.len() == n && pods.iter().all(|pod| pod.ready)).then_some(pods)
+        });
+        match ready {
+            Some((pods, _)) => pods,
+            None => panic!(
+                "{n} pods with {selector} are not ready:\n{}\n{}",
+                self.kubectl(&["describe", "pods", "-l", selector]),
+                String::from_utf8_lossy(&self.try_kubectl(&["logs", "--tail=20", "-l", selector]).stdout)
+            ),
+        }
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        // With the last test all of it goes.
+        if Arc::strong_count(&self.node) > 1 {
+            let _ = self.try_kubectl(&["delete", "namespace", &self.namespace, "--wait=false"]);
+        }
+    }
+}
+
+/// A Deployment of Docker daemons, privileged, each with an empty `/var/lib/docker`. Pods have the label `app` with
+/// the Deployment's name.
+pub fn dind(name: &str, replicas: usize) -> String {
+    format!(
+        "
+apiVersion: apps/v1
+kind: Deployment
+metadata:
+  name: {name}
+spec:
+  replicas: {replicas}
+  selector:
+    matchLabels: {{app: {name}}}
+  template:
+    metadata:
+      labels: {{app: {name}}}
+    spec:
+      terminationGracePeriodSeconds: 5
+      containers:
+      - name: dockerd
+        image: {DIND}
+        ports: [{{containerPort: 2375}}]
+        securityContext: {{privileged: true}}
+        readinessProbe: {{httpGet: {{path: /_ping, port: 2375}}, periodSeconds: 1}}
+        volumeMounts: [{{name: data, mountPath: /var/lib/docker}}]
+      volumes:
+      - name: data
+        emptyDir: {{}}
+"
+    )
+}
+
+/// The running cluster. Its addresses are there once on a machine, so it has a lock for as long as it lives.
+struct Node {
+    dir: tempfile::TempDir,
+    _lock: File,
+}
+
+impl Node {
+    fn start() -> Result<Node, String> {
+        parts::all(&[
+            "kubernetes/bin/kube",
+            "busybox/rootfs.tar",
+            "docker-28.5/bin/dockerd",
+            "cli-28/docker",
+            "buildx-0.29/docker-buildx",
+        ])?;
+        let images = parts::dir().join("images");
+        script("images", &[]);
+        let node = Node { _lock: lock(), dir: short_dir() };
+        let start = Instant::now();
+        node.cluster("up", &[]);
+        let up = start.elapsed();
+        node.cluster("load", &["dind.tar", "docker-cli.tar", "busybox.tar"].map(|name| images.join(name)));
+        say(format!("a cluster is up after {up:.1?}, with its images after {:.1?}", start.elapsed()));
+        Ok(node)
+    }
+
+    fn cluster(&self, action: &str, files: &[PathBuf]) {
+        let mut args = vec![Path::new(action), self.dir.path()];
+        args.extend(files.iter().map(PathBuf::as_path));
+        script("cluster", &args);
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        let start = Instant::now();
+        self.cluster("down", &[]);
+        say(format!("the cluster is down after {:.1?}", start.elapsed()));
+    }
+}
+
+/// Waits for the clusters of other test binaries, and keeps them waiting from now on.
+fn lock() -> File {
+    let dir = Path::new("/run/dindpool-cluster");
+    fs::create_dir_all(dir).expect("a directory in /run");
+    let file = File::create(dir.join("lock")).expect("a lock file");
+    let locked = |file: &File| match file.try_lock() {
+        Ok(()) => true,
+        Err(TryLockError::WouldBlock) => false,
+        Err(TryLockError::Error(error)) => panic!("the lock of clusters: {error}"),
+    };
+    if !locked(&file) {
+        say("waiting until another cluster on this machine is down");
+        wait_until("the lock of clusters is free", secs(1200), || locked(&file));
+    }
+    file
+}
+
+/// Runs a script of tests/cluster, which must succeed.
+#[track_caller]
+fn script(name: &str, args: &[&Path]) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cluster").join(name);
+    let log = tempfile::tempfile().expect("a file");
+    // Not through a pipe: what the script leaves running would hold it open.
+    let status = Command::new(&path)
+        .args(args)
+        .env("DINDPOOL_PARTS", parts::dir())
+        .env("CLUSTER_LOCKED", "1")
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().expect("dup"))
+        .stderr(log.try_clone().expect("dup"))
+        .status()
+        .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let text = || std::io::read_to_string(std::io::Seek::rewind(&mut &log).map(|()| &log).expect("a log"));
+    assert!(status.success(), "tests/cluster/{name} {args:?}: {}", text().unwrap_or_default());
+}
+
+#[track_caller]
+fn printed(args: &[&str], output: &Output) -> String {
+    assert!(
+        output.status.success(),
+        "kubectl {}: {}",
+        args.join(" "),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8_lossy(&output.stdout).trim_end().to_owned()
+}
