@@ -12,7 +12,7 @@ use crate::admin::{self, Admin};
 use crate::config::{Listener, Settings};
 use crate::drain::Drain;
 use crate::metrics::Metrics;
-use crate::pool::Pool;
+use crate::pool::{Pool, scaler};
 use crate::provision::Running;
 use crate::proxy::Proxy;
 use crate::proxy::cancel::WaitingBuilds;
@@ -111,8 +111,9 @@ pub async fn run(
         metrics: metrics.clone(),
     });
     count_panics(metrics.panics.clone());
-    let Running { observations, stop, stopped } = provisioner;
+    let Running { observations, stop, stopped, changes } = provisioner;
     let pool_task = tokio::spawn(pool.clone().run(observations));
+    let scaler_task = changes.map(|changes| tokio::spawn(scaler::run(pool.clone(), changes)));
     let admin = Arc::new(Admin::new(pool.clone(), proxy.drain.clone(), settings.admin_token.clone()));
     let admins: Vec<_> =
         sockets.admin.into_iter().map(|bound| tokio::spawn(admin::run(bound, admin.clone()))).collect();
@@ -132,6 +133,10 @@ pub async fn run(
     let sweep_task = tokio::spawn(sweep::run(proxy.clone()));
     let beside_task = tokio::spawn(beside(pool.clone()));
     shutdown.await;
+    // Whoever comes after us decides anew.
+    if let Some(task) = &scaler_task {
+        task.abort();
+    }
     reload_task.abort();
     let settings = settings.read().unwrap_or_else(PoisonError::into_inner).clone();
     proxy.drain.leave();

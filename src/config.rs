@@ -11,8 +11,10 @@ use std::time::Duration;
 use toml::Value;
 
 use crate::admin::token::Token;
+use crate::engine::autoscaler::Spare;
 use crate::pool;
 use crate::provision::fixed::{self, FixedAddress};
+use crate::provision::kubernetes;
 use crate::proxy::identify::ListenerIdentity;
 use crate::proxy::limits::Limits;
 use crate::proxy::listener::Address;
@@ -48,6 +50,22 @@ pub struct Raw {
     pub admin_token_file: Option<PathBuf>,
     /// Fixed daemons.
     pub daemons: Option<Vec<String>>,
+    /// A Deployment whose pods are the daemons.
+    pub kubernetes: Option<String>,
+    /// `on`, or `off`: somebody else changes the number of daemons.
+    pub scaler: Option<String>,
+    /// The least number of daemons.
+    pub scale_min: Option<u32>,
+    /// The greatest.
+    pub scale_max: Option<u32>,
+    /// What is kept free: a number of slots, or a share of those in use, `20%`.
+    pub scale_spare: Option<String>,
+    /// How many daemons are added at a time.
+    pub scale_step: Option<u32>,
+    /// For how long fewer daemons must have been enough.
+    pub scale_stabilisation: Option<String>,
+    /// How long a daemon may take to start.
+    pub scale_startup: Option<String>,
     /// Slots of each daemon.
     pub slots: Option<u32>,
     /// How long a lease outlives its last request.
@@ -56,6 +74,8 @@ pub struct Raw {
     pub slot_linger: Option<String>,
     /// How long containers may run while nothing else of their session is under way.
     pub container_lease: Option<String>,
+    /// How long an unpushed image holds its session to its daemon, and the daemon in the pool.
+    pub image_hold: Option<String>,
     /// How long a build waits for a daemon that has built its project.
     pub warm_wait: Option<String>,
     /// `report` or `stop`: what becomes of them then.
@@ -114,6 +134,8 @@ pub struct Settings {
     pub admin_token: Option<Token>,
     /// Fixed daemons.
     pub daemons: Vec<FixedAddress>,
+    /// The Deployment whose pods are the daemons, instead of fixed ones.
+    pub kubernetes: Option<kubernetes::Target>,
     /// How the pool behaves.
     pub pool: pool::Config,
     /// How many client connections there may be.
@@ -151,10 +173,19 @@ const KEYS: &[&str] = &[
     "admin",
     "admin_token_file",
     "daemons",
+    "kubernetes",
+    "scaler",
+    "scale_min",
+    "scale_max",
+    "scale_spare",
+    "scale_step",
+    "scale_stabilisation",
+    "scale_startup",
     "slots",
     "session_grace",
     "slot_linger",
     "container_lease",
+    "image_hold",
     "warm_wait",
     "overdue_containers",
     "queue_limit",
@@ -201,9 +232,18 @@ impl Raw {
                 "admin" => one_or_many(value).map(|v| raw.admin = Some(v)),
                 "admin_token_file" => text_of(value).map(|v| raw.admin_token_file = Some(v.into())),
                 "daemons" => texts(value).map(|v| raw.daemons = Some(v)),
+                "kubernetes" => text_of(value).map(|v| raw.kubernetes = Some(v)),
+                "scaler" => text_of(value).map(|v| raw.scaler = Some(v)),
+                "scale_min" => number(value).map(|v| raw.scale_min = Some(v)),
+                "scale_max" => number(value).map(|v| raw.scale_max = Some(v)),
+                "scale_spare" => number_or_text(value).map(|v| raw.scale_spare = Some(v)),
+                "scale_step" => number(value).map(|v| raw.scale_step = Some(v)),
+                "scale_stabilisation" => text_of(value).map(|v| raw.scale_stabilisation = Some(v)),
+                "scale_startup" => text_of(value).map(|v| raw.scale_startup = Some(v)),
                 "slots" => number(value).map(|v| raw.slots = Some(v)),
                 "session_grace" => text_of(value).map(|v| raw.session_grace = Some(v)),
                 "slot_linger" => text_of(value).map(|v| raw.slot_linger = Some(v)),
+                "image_hold" => text_of(value).map(|v| raw.image_hold = Some(v)),
                 "warm_wait" => text_of(value).map(|v| raw.warm_wait = Some(v)),
                 "container_lease" => text_of(value).map(|v| raw.container_lease = Some(v)),
                 "overdue_containers" => text_of(value).map(|v| raw.overdue_containers = Some(v)),
@@ -242,9 +282,18 @@ impl Raw {
             admin: self.admin.or(under.admin),
             admin_token_file: self.admin_token_file.or(under.admin_token_file),
             daemons: self.daemons.or(under.daemons),
+            kubernetes: self.kubernetes.or(under.kubernetes),
+            scaler: self.scaler.or(under.scaler),
+            scale_min: self.scale_min.or(under.scale_min),
+            scale_max: self.scale_max.or(under.scale_max),
+            scale_spare: self.scale_spare.or(under.scale_spare),
+            scale_step: self.scale_step.or(under.scale_step),
+            scale_stabilisation: self.scale_stabilisation.or(under.scale_stabilisation),
+            scale_startup: self.scale_startup.or(under.scale_startup),
             slots: self.slots.or(under.slots),
             session_grace: self.session_grace.or(under.session_grace),
             slot_linger: self.slot_linger.or(under.slot_linger),
+            image_hold: self.image_hold.or(under.image_hold),
             warm_wait: self.warm_wait.or(under.warm_wait),
             container_lease: self.container_lease.or(under.container_lease),
             overdue_containers: self.overdue_containers.or(under.overdue_containers),
@@ -285,8 +334,15 @@ impl Raw {
             .iter()
             .filter_map(|d| fixed::parse(d).map_err(|e| faults.push(format!("daemons: {e}"))).ok())
             .collect();
-        if needs_daemons && daemons.is_empty() && faults.is_empty() {
-            faults.push("daemons: none given; use --daemon tcp://host:2375, once for each".into());
+        let kubernetes = self.kubernetes.as_deref().map(kubernetes::parse);
+        let kubernetes = kubernetes.and_then(|k| k.map_err(|e| faults.push(format!("kubernetes: {e}"))).ok());
+        if needs_daemons && daemons.is_empty() && kubernetes.is_none() && faults.is_empty() {
+            let how = "daemons: none given; use --daemon tcp://host:2375, once for each, or --kubernetes NAMESPACE/NAME";
+            faults.push(how.into());
+        }
+        if !daemons.is_empty() && kubernetes.is_some() {
+            faults
+                .push("daemons, kubernetes: a pool has either fixed daemons or those of a Deployment".into());
         }
         if self.slots == Some(0) {
             faults.push("slots: a daemon needs at least one".into());
@@ -305,6 +361,33 @@ impl Raw {
         pool.engine.queue_limit = self.queue_limit.map_or(pool.engine.queue_limit, |n| n as usize);
         pool.engine.tenant_waiting = self.tenant_waiting.map(|n| n as usize);
         pool.engine.tenant_slots = self.tenant_slots;
+        let scale = &mut pool.scale;
+        scale.min = self.scale_min.unwrap_or(scale.min);
+        scale.max = self.scale_max.unwrap_or(scale.max);
+        scale.step = self.scale_step.unwrap_or(scale.step);
+        if scale.max == 0 || scale.min > scale.max {
+            let (min, max) = (scale.min, scale.max);
+            faults.push(format!("scale_min, scale_max: {min} to {max} daemons are no pool"));
+        }
+        if scale.step == 0 {
+            faults.push("scale_step: 0 would never add a daemon".into());
+        }
+        if let Some(text) = &self.scale_spare {
+            match spare(text) {
+                Some(spare) => scale.spare = spare,
+                None => faults.push(format!(
+                    "scale_spare: {text} is neither a number of slots nor a share; use 2 or 20%"
+                )),
+            }
+        }
+        pool.scaler = match self.scaler.as_deref() {
+            None | Some("on") => true,
+            Some("off") => false,
+            Some(other) => {
+                faults.push(format!("scaler: {other} is neither on nor off"));
+                false
+            }
+        };
         let mut head_deadline = Duration::from_secs(30);
         let (mut shutdown_delay, mut shutdown_grace) = (Duration::from_secs(5), Duration::from_secs(600));
         let mut set = |name: &str, text: Option<String>, to: &mut Duration, min: Duration| {
@@ -321,6 +404,7 @@ impl Raw {
         let zero = Duration::ZERO;
         set("session_grace", self.session_grace, &mut pool.engine.grace, zero);
         set("slot_linger", self.slot_linger, &mut pool.engine.linger, zero);
+        set("image_hold", self.image_hold, &mut pool.engine.image_hold, zero);
         set("warm_wait", self.warm_wait, &mut pool.engine.warm_wait, zero);
         set(
             "container_lease",
@@ -328,6 +412,8 @@ impl Raw {
             &mut pool.engine.container_lease,
             Duration::from_secs(1),
         );
+        set("scale_stabilisation", self.scale_stabilisation, &mut pool.scale.stabilisation, zero);
+        set("scale_startup", self.scale_startup, &mut pool.scale.startup, Duration::from_secs(1));
         set("queue_wait", self.queue_wait, &mut pool.engine.max_wait, Duration::from_secs(1));
         set("probe_interval", self.probe_interval, &mut pool.probe_interval, Duration::from_millis(100));
         set("probe_deadline", self.probe_deadline, &mut pool.probe_deadline, Duration::from_millis(100));
@@ -377,6 +463,7 @@ impl Raw {
             admin,
             admin_token,
             daemons,
+            kubernetes,
             pool,
             limits,
             head_deadline,
@@ -410,6 +497,14 @@ fn listener(raw: RawListener, faults: &mut Vec<String>) -> Option<Listener> {
             faults.push(format!("listen: {fault}"));
             None
         }
+    }
+}
+
+/// `2`, `20%`.
+fn spare(text: &str) -> Option<Spare> {
+    match text.strip_suffix('%') {
+        Some(percent) => percent.parse().ok().map(Spare::Percent),
+        None => text.parse().ok().map(Spare::Slots),
     }
 }
 
@@ -464,6 +559,14 @@ fn number(value: Value) -> Result<u32, String> {
     match value {
         Value::Integer(n) => u32::try_from(n).map_err(|_| format!("{n} is out of range")),
         other => Err(format!("expected a number, found {}", other.type_str())),
+    }
+}
+
+fn number_or_text(value: Value) -> Result<String, String> {
+    match value {
+        Value::Integer(n) => Ok(n.to_string()),
+        Value::String(text) => Ok(text),
+        other => Err(format!("expected a number or a text, found {}", other.type_str())),
     }
 }
 

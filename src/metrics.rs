@@ -10,7 +10,9 @@ use prometheus::{
     Registry, TextEncoder,
 };
 
+use crate::engine::autoscaler::Reason;
 use crate::engine::model::{Cause, Health, State};
+use crate::pool::scaler::ScalerStatus;
 use crate::pool::status::Status;
 
 /// The metrics of one proxy.
@@ -92,9 +94,25 @@ pub struct Metrics {
     pub drains: IntCounterVec,
     /// Requests that were tried on another daemon because the first could not be reached.
     pub retries: IntCounter,
+    desired: IntGauge,
+    replicas: IntGauge,
+    scale_reason: IntGaugeVec,
+    startup: GaugeVec,
+    /// What the autoscaler has done, by step (`grow`, `cordon`, `uncordon`, `remove`) and outcome (`done`, `failed`).
+    pub scale_steps: IntCounterVec,
 }
 
 impl Metrics {
+    /// What the autoscaler has decided.
+    pub fn scaled(&self, status: &ScalerStatus) {
+        self.desired.set(status.desired.into());
+        self.replicas.set(status.replicas.unwrap_or(0).into());
+        self.startup.with_label_values(&[] as &[&str]).set(status.startup.unwrap_or(0.0));
+        for reason in Reason::ALL {
+            self.scale_reason.with_label_values(&[reason.as_str()]).set(i64::from(reason == status.reason));
+        }
+    }
+
     /// Registers everything on `registry`.
     ///
     /// # Errors
@@ -271,6 +289,23 @@ impl Metrics {
                 "When the configuration that applies was read, in Unix time.",
             )?,
             drains: counters("dindpool_drains_total", "Drains that ended, by how.", &["result"])?,
+            desired: gauge("dindpool_scale_desired", "Daemons that there should be, by the autoscaler.")?,
+            replicas: gauge("dindpool_scale_replicas", "Daemons that the provisioner was asked for.")?,
+            scale_reason: gauges(
+                "dindpool_scale_reason",
+                "1 for why the autoscaler does nothing else now.",
+                &["reason"],
+            )?,
+            startup: float_gauges(
+                "dindpool_daemon_startup_seconds",
+                "How long a daemon takes to start here, smoothed; 0 until one has.",
+                &[],
+            )?,
+            scale_steps: counters(
+                "dindpool_scale_steps_total",
+                "What the autoscaler has done.",
+                &["step", "outcome"],
+            )?,
             retries: counter(
                 "dindpool_retries_total",
                 "Requests tried on another daemon because the first was not reached.",

@@ -74,6 +74,9 @@ pub struct Common {
     /// How long containers may run while nothing else of their session is under way [default: 12h]
     #[arg(long, env = "DINDPOOL_CONTAINER_LEASE", value_name = "TIME")]
     container_lease: Option<String>,
+    /// How long an image that was built and not pushed holds its session to its daemon [default: 12h]
+    #[arg(long, env = "DINDPOOL_IMAGE_HOLD", value_name = "TIME")]
+    image_hold: Option<String>,
     /// How long a build waits for a daemon that has built its project while others have free slots [default: 60s]
     #[arg(long, env = "DINDPOOL_WARM_WAIT", value_name = "TIME")]
     warm_wait: Option<String>,
@@ -146,11 +149,11 @@ impl Common {
             listen: some(self.listen).map(|l| l.into_iter().map(listener).collect()),
             admin: some(self.admin),
             admin_token_file: self.admin_token_file,
-            daemons: None,
             slots: self.slots,
             session_grace: self.session_grace,
             slot_linger: self.slot_linger,
             container_lease: self.container_lease,
+            image_hold: self.image_hold,
             warm_wait: self.warm_wait,
             overdue_containers: self.overdue_containers,
             queue_limit: self.queue_limit,
@@ -169,6 +172,8 @@ impl Common {
             shutdown_grace: self.shutdown_grace,
             log_format: self.log_format,
             log_level: self.log_level,
+            // Where daemons come from is said to the command that makes or finds them.
+            ..Raw::default()
         };
         Ok(typed.or(file))
     }

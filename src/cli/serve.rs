@@ -1,4 +1,4 @@
-//! `dindpool serve`: a pool of daemons that exist already.
+//! `dindpool serve`: a pool of daemons that exist already, or of the pods of a Deployment.
 
 use clap::Args;
 
@@ -6,8 +6,8 @@ use tokio::sync::watch;
 
 use super::{Common, hangups, signals};
 use crate::app::{self, Sockets};
-use crate::config::Settings;
-use crate::provision::fixed;
+use crate::config::{Raw, Settings};
+use crate::provision::{fixed, kubernetes};
 use crate::reload::Source;
 use crate::telemetry;
 
@@ -18,6 +18,37 @@ pub struct Serve {
     /// A daemon: tcp://host:2375 or unix:///path; a name with several addresses is as many daemons; repeats
     #[arg(long, env = "DINDPOOL_DAEMONS", value_name = "URL", value_delimiter = ',')]
     daemon: Vec<String>,
+    /// The daemons are the pods of this Deployment, which is scaled: [NAMESPACE/]NAME[:PORT]
+    #[arg(long, env = "DINDPOOL_KUBERNETES", value_name = "DEPLOYMENT", conflicts_with = "daemon")]
+    kubernetes: Option<String>,
+    #[command(flatten)]
+    scale: Scale,
+}
+
+/// How many daemons there are to be.
+#[derive(Debug, Clone, Args)]
+struct Scale {
+    /// on, or off: somebody else changes the number of daemons (HPA, KEDA), and dindpool only tells it [default: on]
+    #[arg(long, env = "DINDPOOL_SCALER", value_name = "WORD")]
+    scaler: Option<String>,
+    /// The least number of daemons; with 0 an idle pool is empty [default: 1]
+    #[arg(long, env = "DINDPOOL_SCALE_MIN", value_name = "N")]
+    scale_min: Option<u32>,
+    /// The greatest number of daemons [default: 10]
+    #[arg(long, env = "DINDPOOL_SCALE_MAX", value_name = "N")]
+    scale_max: Option<u32>,
+    /// What is kept free for the next builds: a number of slots, or a share of those in use, 20% [default: 0]
+    #[arg(long, env = "DINDPOOL_SCALE_SPARE", value_name = "SPARE")]
+    scale_spare: Option<String>,
+    /// How many daemons are added at a time [default: 4]
+    #[arg(long, env = "DINDPOOL_SCALE_STEP", value_name = "N")]
+    scale_step: Option<u32>,
+    /// For how long fewer daemons must have been enough before one goes [default: 5m]
+    #[arg(long, env = "DINDPOOL_SCALE_STABILISATION", value_name = "TIME")]
+    scale_stabilisation: Option<String>,
+    /// How long a daemon may take to start before nobody waits for it [default: 2m]
+    #[arg(long, env = "DINDPOOL_SCALE_STARTUP", value_name = "TIME")]
+    scale_startup: Option<String>,
 }
 
 impl Serve {
@@ -27,10 +58,15 @@ impl Serve {
         let sockets = Sockets::bind(&settings).await?;
         let shutdown = signals()?;
         sockets.announce();
-        let (daemons, list) = watch::channel(settings.daemons.clone());
-        let provisioner = fixed::start(list, fixed::Options::default());
+        let (provisioner, daemons) = match &settings.kubernetes {
+            Some(target) => (kubernetes::start(target.clone()).await.map_err(anyhow::Error::msg)?, None),
+            None => {
+                let (daemons, list) = watch::channel(settings.daemons.clone());
+                (fixed::start(list, fixed::Options::default()), Some(daemons))
+            }
+        };
         let read = Box::new(move || self.settings());
-        let source = Source { read, hangups: hangups()?, daemons: Some(daemons) };
+        let source = Source { read, hangups: hangups()?, daemons };
         app::run(settings, sockets, provisioner, source, shutdown, |_| Box::pin(async {})).await
     }
 
@@ -39,6 +75,27 @@ impl Serve {
         if !self.daemon.is_empty() {
             raw.daemons = Some(self.daemon.clone());
         }
+        let Scale {
+            scaler,
+            scale_min,
+            scale_max,
+            scale_spare,
+            scale_step,
+            scale_stabilisation,
+            scale_startup,
+        } = self.scale.clone();
+        let typed = Raw {
+            kubernetes: self.kubernetes.clone(),
+            scaler,
+            scale_min,
+            scale_max,
+            scale_spare,
+            scale_step,
+            scale_stabilisation,
+            scale_startup,
+            ..Raw::default()
+        };
+        raw = typed.or(raw);
         Ok(raw.validate(true)?)
     }
 }

@@ -3,6 +3,7 @@
 //! seed is given at construction, events and effects are plain data. So the same code serves live requests, is
 //! simulated from a seed, and is held against its invariants after every event in debug builds.
 
+pub mod autoscaler;
 mod balancer;
 mod cordon;
 mod daemon;
@@ -17,6 +18,7 @@ mod placement;
 mod queue;
 #[cfg(test)]
 mod rules;
+pub mod scaling;
 mod session;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod simulation;
@@ -177,6 +179,7 @@ pub struct Engine {
     queue: queue::Queue,
     held: session::Held,
     warm: warm::Warm,
+    growth: scaling::Growth,
     range: Option<(ApiVersion, ApiVersion)>,
     /// Collected while one event is handled.
     effects: Vec<Effect>,
@@ -201,6 +204,7 @@ impl Engine {
             queue: queue::Queue::default(),
             held: session::Held::default(),
             warm: warm::Warm::default(),
+            growth: scaling::Growth::default(),
             range: None,
             effects: Vec::new(),
             next_open: 0,
@@ -231,6 +235,7 @@ impl Engine {
             Event::Cordon { daemon, by } => self.cordon(&daemon, by),
             Event::Uncordon { daemon, by } => self.uncordon(&daemon, by),
             Event::Drain { daemon, deadline } => self.drain(&daemon, deadline),
+            Event::Growth(growth) => self.growing(growth),
             Event::Configured(config) => self.configured(*config, now),
             Event::Tick => self.tick(now),
         }

@@ -515,6 +515,8 @@ pub enum Event {
     },
     /// The client of a request that waits has gone.
     Abandon(RequestId),
+    /// Whether more daemons are on their way.
+    Growth(super::scaling::Growth),
     /// The configuration was read again.
     Configured(Box<super::Config>),
     /// A daemon is to take no new sessions.

@@ -340,7 +340,9 @@ impl Engine {
             ));
         }
         if self.daemons.is_empty() {
-            return Refusal::NoDaemon("no daemon: the pool is empty".into());
+            let faults = &self.growth.faults;
+            let why = if faults.is_empty() { String::new() } else { format!(" ({})", faults.join("; ")) };
+            return Refusal::NoDaemon(format!("no daemon: the pool is empty{why}"));
         }
         let mut tried: Vec<String> = self
             .daemons

@@ -65,6 +65,11 @@ pub(super) struct Queue {
 }
 
 impl Queue {
+    /// What waits for a slot.
+    pub(super) fn acquires(&self) -> impl Iterator<Item = &Acquire> {
+        self.tickets.values().map(|ticket| &ticket.acquire)
+    }
+
     fn push(&mut self, ticket: Ticket) {
         let Acquire { tenant, key, request, .. } = &ticket.acquire;
         let (tenant, key, request) = (tenant.clone(), key.clone(), *request);
@@ -546,13 +551,13 @@ impl Engine {
         self.daemons.get(daemon).is_some_and(|d| d.has_room())
     }
 
-    fn tenant_is_full(&self, tenant: &Tenant) -> bool {
+    pub(super) fn tenant_is_full(&self, tenant: &Tenant) -> bool {
         self.config.tenant_slots.is_some_and(|limit| self.held.by(tenant) >= limit)
     }
 
     /// Whether a daemon is on its way: then work waits for it instead of being refused.
     pub fn expects_room(&self) -> bool {
-        self.daemons.values().any(|d| d.state == State::Starting && d.expected)
+        self.growth.coming || self.daemons.values().any(|d| d.state == State::Starting && d.expected)
     }
 }
 

@@ -54,6 +54,11 @@ impl Warm {
         }
     }
 
+    /// How many projects the daemon is known to have built.
+    pub fn count(&self, daemon: &DaemonId) -> usize {
+        self.order.get(daemon).map_or(0, BTreeMap::len)
+    }
+
     /// Whether the daemon has built the project.
     pub fn is_warm(&self, project: &ProjectKey, daemon: &DaemonId) -> bool {
         self.built.get(project).is_some_and(|daemons| daemons.contains_key(daemon))

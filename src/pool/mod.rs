@@ -7,13 +7,14 @@ pub mod cordon;
 mod deep;
 mod lease;
 mod lookup;
+pub mod scaler;
 pub mod status;
 mod ticket;
 pub(crate) mod watch;
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
@@ -23,7 +24,9 @@ use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
 use tokio::task::JoinHandle;
 
 use crate::drain::Signal;
+use crate::engine::autoscaler::Policy;
 use crate::engine::model::*;
+use crate::engine::scaling::Growth;
 use crate::engine::{self, Engine};
 use crate::error::{Error, Kind as ErrorKind};
 use crate::metrics::{Metrics, cause_word, health_word, state_word};
@@ -49,6 +52,10 @@ pub struct Config {
     pub probe_interval: Duration,
     /// How long a probe may take: a frozen daemon still accepts TCP.
     pub probe_deadline: Duration,
+    /// How many daemons there are to be, where a provisioner can make them.
+    pub scale: Policy,
+    /// Whether the autoscaler changes their number, or only tells it.
+    pub scaler: bool,
     /// How many bytes after connect a daemon's answer to a connection attempt may take.
     pub connect_deadline: Duration,
 }
@@ -58,6 +65,8 @@ impl Default for Config {
         Config {
             engine: engine::Config::default(),
             slots: None,
+            scale: Policy::default(),
+            scaler: true,
             stop_overdue: false,
             // Together: a frozen daemon is out within 5 s, two deadlines after the probe that meets it.
             probe_interval: Duration::from_millis(1500),
@@ -151,6 +160,12 @@ struct State {
     /// The last `/version` and ping headers of any daemon: clients negotiate also while none is there.
     about: Option<Arc<About>>,
     observed: Vec<DaemonSpec>,
+    /// How many there are to be, as the provisioner said last.
+    made: scaler::Made,
+    /// What the autoscaler decided last, if there is one.
+    scaler: Option<scaler::ScalerStatus>,
+    /// What the engine was told of it last.
+    growth: Growth,
     /// The provisioner has said something.
     observing: bool,
     problems: Vec<String>,
@@ -193,6 +208,8 @@ pub struct Pool {
     lookups: Semaphore,
     nowhere: Mutex<lookup::Nowhere>,
     next_log: AtomicU64,
+    /// Clients that wait for the first daemon and are no work yet.
+    newcomers: AtomicU32,
 }
 
 impl Pool {
@@ -205,6 +222,9 @@ impl Pool {
                 waiting: HashMap::new(),
                 about: None,
                 observed: Vec::new(),
+                made: scaler::Made::default(),
+                scaler: None,
+                growth: Growth::default(),
                 observing: false,
                 problems: Vec::new(),
                 next_request: 0,
@@ -219,6 +239,7 @@ impl Pool {
             lookups: Semaphore::new(lookup::LOOKUPS),
             nowhere: Mutex::default(),
             next_log: AtomicU64::new(0),
+            newcomers: AtomicU32::new(0),
         })
     }
 
@@ -407,6 +428,7 @@ impl Pool {
                 limit: self.config().engine.queue_limit,
                 tickets,
             },
+            scaler: state.scaler.clone(),
             problems: state.problems.iter().cloned().chain(state.engine.alarms()).collect(),
             images: state.engine.image_count(),
         }
@@ -582,6 +604,11 @@ impl Pool {
         state.problems = observation.problems;
         state.observed = observation.daemons;
         state.observing = true;
+        state.made = scaler::Made {
+            confirmed: Some(self.now()),
+            replicas: observation.replicas,
+            rollout: observation.rollout,
+        };
         self.reconcile(&mut state);
         drop(state);
         self.met.notify_waiters();
@@ -595,7 +622,8 @@ impl Pool {
             .iter()
             .filter(|(id, member)| {
                 // Another address under the same name is another daemon.
-                !specs.iter().any(|s| s.id == id.as_str() && s.endpoint == member.handle.endpoint)
+                let at = Some(&member.handle.endpoint);
+                !specs.iter().any(|s| s.id == id.as_str() && s.endpoint.as_ref() == at)
             })
             .map(|(id, _)| id.clone())
             .collect();
@@ -613,12 +641,13 @@ impl Pool {
         }
         for spec in &specs {
             let id = DaemonId::from(spec.id.as_str());
-            if state.daemons.contains_key(&id) {
+            // One that has no address yet cannot be watched.
+            let Some(endpoint) = spec.endpoint.clone().filter(|_| !state.daemons.contains_key(&id)) else {
                 continue;
-            }
+            };
             let handle = Arc::new(Handle {
                 id: id.clone(),
-                endpoint: spec.endpoint.clone(),
+                endpoint,
                 source_ips: spec.source_ips.clone(),
                 cgroup: spec.cgroup.clone(),
                 wake: Notify::new(),
@@ -640,13 +669,14 @@ impl Pool {
         let observed = specs
             .iter()
             .filter(|spec| {
-                state.daemons.get(&DaemonId::from(spec.id.as_str())).is_some_and(|m| m.alias_of.is_none())
+                let member = state.daemons.get(&DaemonId::from(spec.id.as_str()));
+                member.map_or(spec.endpoint.is_none(), |m| m.alias_of.is_none())
             })
             .map(|spec| Observed {
                 id: spec.id.as_str().into(),
                 draining: spec.draining,
                 pending: spec.pending.clone(),
-                slots,
+                slots: slots.or(spec.slots),
             })
             .collect();
         self.handle(state, Event::Observed(observed));
@@ -743,13 +773,20 @@ mod tests {
     fn observe(pool: &Arc<Pool>, ids: &[&str]) {
         let spec = |id: &&str| DaemonSpec {
             id: id.to_string(),
-            endpoint: Endpoint::Unix(format!("/nonexistent/{id}").into()),
+            endpoint: Some(Endpoint::Unix(format!("/nonexistent/{id}").into())),
             source_ips: Vec::new(),
             cgroup: None,
             draining: false,
             pending: None,
+            faulty: false,
+            exposed: false,
+            slots: None,
         };
-        pool.observe(Observation { daemons: ids.iter().map(spec).collect(), problems: Vec::new() });
+        pool.observe(Observation {
+            daemons: ids.iter().map(spec).collect(),
+            problems: Vec::new(),
+            ..Observation::default()
+        });
     }
 
     fn ids(pool: &Pool) -> Vec<String> {

@@ -3,6 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::scaler::ScalerStatus;
 use crate::engine::model::{CordonedBy, Drained, Health, State};
 
 /// The whole pool.
@@ -18,6 +19,9 @@ pub struct Status {
     pub sessions: Vec<SessionStatus>,
     /// The admission queue.
     pub queue: QueueStatus,
+    /// The autoscaler, where a provisioner can make daemons.
+    #[serde(default)]
+    pub scaler: Option<ScalerStatus>,
     /// What the provisioner has to complain of.
     pub problems: Vec<String>,
     /// How many image references are known.

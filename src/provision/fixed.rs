@@ -136,7 +136,7 @@ where
             () = follow(addresses, options, resolve, tx) => {}
         }
     });
-    Running { observations, stopped, stop }
+    Running { observations, stopped, stop, changes: None }
 }
 
 /// Resolves, tells what changed, waits; until nobody listens.
@@ -174,7 +174,8 @@ async fn follow<R, F>(
                 problems.push(problem);
             }
         }
-        let observation = Observation { daemons: daemons(&addresses, &known), problems };
+        let observation =
+            Observation { daemons: daemons(&addresses, &known), problems, ..Observation::default() };
         if told.as_ref() != Some(&observation) {
             if tx.send(observation.clone()).await.is_err() {
                 return;
@@ -199,7 +200,7 @@ async fn follow<R, F>(
 fn daemons(addresses: &[FixedAddress], known: &BTreeMap<(String, u16), Vec<SocketAddr>>) -> Vec<DaemonSpec> {
     let mut specs: Vec<DaemonSpec> = Vec::new();
     let mut add = |endpoint: Endpoint| {
-        if !specs.iter().any(|spec| spec.endpoint == endpoint) {
+        if !specs.iter().any(|spec| spec.endpoint.as_ref() == Some(&endpoint)) {
             specs.push(spec(endpoint));
         }
     };
@@ -235,17 +236,27 @@ fn spec(endpoint: Endpoint) -> DaemonSpec {
         Endpoint::Tcp(addr) => (addr.to_string(), vec![addr.ip()]),
         Endpoint::Unix(path) => (path.display().to_string(), Vec::new()),
     };
-    DaemonSpec { id, endpoint, source_ips, cgroup: None, draining: false, pending: None }
+    DaemonSpec {
+        id,
+        endpoint: Some(endpoint),
+        source_ips,
+        cgroup: None,
+        draining: false,
+        pending: None,
+        faulty: false,
+        exposed: false,
+        slots: None,
+    }
 }
 
 /// A socket's id is its path; when its last two components tell it from all others, they are enough.
 fn shorten_socket_ids(specs: &mut [DaemonSpec]) {
     let short = |spec: &DaemonSpec| match &spec.endpoint {
-        Endpoint::Unix(path) => {
+        Some(Endpoint::Unix(path)) => {
             let parts: Vec<_> = path.iter().map(|part| part.to_string_lossy()).collect();
             (parts.len() > 3).then(|| parts[parts.len() - 2..].join("/"))
         }
-        Endpoint::Tcp(_) => None,
+        _ => None,
     };
     let shorts: Vec<Option<String>> = specs.iter().map(short).collect();
     for (index, spec) in specs.iter_mut().enumerate() {
@@ -389,7 +400,7 @@ mod tests {
 
     #[tokio::test]
     async fn it_ends_when_nobody_listens() {
-        let Running { observations, stopped, stop: _stop } =
+        let Running { observations, stopped, stop: _stop, .. } =
             start_with(given(vec![name("dind.ci", 7)]), Options::default(), |_, _| async { Ok(Vec::new()) });
         drop(observations);
         stopped.await.unwrap();

@@ -5,6 +5,7 @@
 //! simply says nothing and the last known pool goes on serving.
 
 pub mod fixed;
+pub mod kubernetes;
 pub mod process;
 
 use std::net::{IpAddr, SocketAddr};
@@ -15,7 +16,9 @@ use std::{fmt, io};
 
 use serde::{Deserialize, Serialize};
 use tokio::net::{TcpStream, UnixStream};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::engine::autoscaler::Step;
 
 /// The longest path of a Unix socket (`sun_path` has 108 bytes, the last of them 0).
 pub const MAX_SOCKET_PATH: usize = 107;
@@ -45,7 +48,8 @@ pub struct DaemonSpec {
     /// (`dind-0`, a pod's name, `10.0.0.3:2375`).
     pub id: String,
     /// Where it listens.
-    pub endpoint: Endpoint,
+    /// Nowhere yet, while it is being made.
+    pub endpoint: Option<Endpoint>,
     /// Addresses that connections from containers of this daemon come from, when known: such a client is
     /// bound to its own daemon, admitted without a slot (otherwise it would wait for its own parent).
     pub source_ips: Vec<IpAddr>,
@@ -56,6 +60,12 @@ pub struct DaemonSpec {
     pub draining: bool,
     /// Why it is not there yet, in words for the status table (`starting dockerd`, `ImagePullBackOff`).
     pub pending: Option<String>,
+    /// Whether that is a fault, which may or may not go away.
+    pub faulty: bool,
+    /// Whether the provisioner would take it first if there were to be fewer (a pod that is not ready).
+    pub exposed: bool,
+    /// Its slots, if the provisioner knows better than the daemon: one in a pod sees its node's processors.
+    pub slots: Option<u32>,
 }
 
 /// The whole pool as the provisioner knows it.
@@ -65,6 +75,19 @@ pub struct Observation {
     pub daemons: Vec<DaemonSpec>,
     /// Faults to tell the operator about, each a sentence (`cannot resolve dind.ci: …`).
     pub problems: Vec<String>,
+    /// How many daemons it has been asked for; `None` where nobody can ask for more or fewer, or it is not known.
+    pub replicas: Option<u32>,
+    /// Whether it is replacing daemons of its own accord: then it decides who goes.
+    pub rollout: bool,
+}
+
+/// Something asked of a provisioner that can make more or fewer daemons.
+#[derive(Debug)]
+pub struct Change {
+    /// What.
+    pub step: Step,
+    /// Takes the answer: what kept it from it. The observations tell what came of it.
+    pub done: oneshot::Sender<Result<(), String>>,
 }
 
 /// A running provisioner: observations come out of it until it is dropped or stopped.
@@ -74,7 +97,10 @@ pub struct Running {
     /// Completes when everything that the provisioner started has been stopped. Send on `stop` first.
     pub stopped: tokio::task::JoinHandle<()>,
     /// Asks the provisioner to stop.
-    pub stop: tokio::sync::oneshot::Sender<()>,
+    pub stop: oneshot::Sender<()>,
+    /// Takes what is asked of it, if it can make more or fewer daemons. While it can see at all, it tells what it sees
+    /// again and again then: what was not confirmed for long is not known.
+    pub changes: Option<mpsc::Sender<Change>>,
 }
 
 /// An open connection to a daemon.

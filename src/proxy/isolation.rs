@@ -74,14 +74,17 @@ pub(super) async fn proxy(daemons: Vec<(&str, Endpoint)>) -> (Arc<Proxy>, String
     let many = daemons.len();
     let spec = |(id, endpoint): (&str, Endpoint)| DaemonSpec {
         id: id.into(),
-        endpoint,
+        endpoint: Some(endpoint),
         source_ips: Vec::new(),
         cgroup: None,
         draining: false,
         pending: None,
+        faulty: false,
+        exposed: false,
+        slots: None,
     };
     let daemons = daemons.into_iter().map(spec).collect();
-    observe.send(Observation { daemons, problems: Vec::new() }).await.unwrap();
+    observe.send(Observation { daemons, ..Observation::default() }).await.unwrap();
     let proxy = Arc::new(Proxy {
         pool: pool.clone(),
         peers: Arc::new(Peers::new(&[])),

@@ -219,6 +219,8 @@ impl Connection {
     /// Waits while the very first daemon is on its way: buildx asks for `/version` before it builds, and ends if
     /// that fails. False if the client left.
     async fn first_daemon(&mut self) -> bool {
+        let pool = self.proxy.pool.clone();
+        let _newcomer = pool.newcomer();
         while self.proxy.pool.about(None).is_none() && self.proxy.pool.expects_room() {
             if self.client.peer() != Peer::Open || self.proxy.drain.is_stopping() {
                 return false;

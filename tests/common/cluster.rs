@@ -7,6 +7,8 @@ use std::process::{Command, Output, Stdio};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Instant;
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
 
 use super::{parts, poll, say, secs, short_dir, unique, wait_until};
@@ -133,6 +135,74 @@ impl Cluster {
             ),
         }
     }
+}
+
+impl Cluster {
+    /// The kubeconfig of a service account that may do what docs/kubernetes.md says dindpool needs, and no more.
+    pub fn restricted(&self, deployment: &str) -> PathBuf {
+        self.apply(&rights(deployment));
+        let token = self.kubectl(&["create", "token", "dindpool", "--duration=1h"]);
+        let path = self.kubeconfig.with_extension("restricted");
+        fs::copy(&self.kubeconfig, &path).expect("the kubeconfig");
+        for args in [
+            ["set-credentials", "dindpool", &format!("--token={token}")],
+            ["set-context", "--current", "--user=dindpool"],
+        ] {
+            let mut kubectl = self.command(&[&["config"], args.as_slice()].concat());
+            assert!(
+                kubectl
+                    .env("KUBECONFIG", &path)
+                    .stdout(Stdio::null())
+                    .status()
+                    .expect("kubectl runs")
+                    .success()
+            );
+        }
+        path
+    }
+}
+
+/// An API server that is stopped (SIGSTOP) until this is dropped.
+pub struct Frozen(Pid);
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        kill(self.0, Signal::SIGCONT).expect("SIGCONT");
+    }
+}
+
+impl Cluster {
+    /// Stops the API server, which all tests of this binary share.
+    pub fn freeze(&self) -> Frozen {
+        let pid = fs::read_to_string("/run/dindpool-cluster/pid/apiserver").expect("its pid");
+        let pid = Pid::from_raw(pid.trim().parse().expect("a number"));
+        kill(pid, Signal::SIGSTOP).expect("SIGSTOP");
+        Frozen(pid)
+    }
+}
+
+/// The rights that dindpool needs.
+fn rights(deployment: &str) -> String {
+    format!(
+        "
+apiVersion: v1
+kind: ServiceAccount
+metadata: {{name: dindpool}}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: Role
+metadata: {{name: dindpool}}
+rules:
+- {{apiGroups: [apps], resources: [deployments/scale], resourceNames: [{deployment}], verbs: [get, update]}}
+- {{apiGroups: [''], resources: [pods], verbs: [list, watch, patch]}}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: RoleBinding
+metadata: {{name: dindpool}}
+roleRef: {{apiGroup: rbac.authorization.k8s.io, kind: Role, name: dindpool}}
+subjects: [{{kind: ServiceAccount, name: dindpool}}]
+"
+    )
 }
 
 impl Drop for Cluster {

@@ -71,6 +71,13 @@ impl Pool {
         }
     }
 
+    /// A proxy that runs the pods of a Deployment.
+    pub fn of_deployment(kubeconfig: &Path, deployment: &str) -> PoolBuilder {
+        let daemons: [&Addr; 0] = [];
+        let pool = Pool::serve(daemons).arg("--kubernetes").arg(deployment).early();
+        pool.env("KUBECONFIG", kubeconfig.to_str().expect("UTF-8"))
+    }
+
     /// What `DOCKER_HOST` is to be.
     pub fn host(&self) -> String {
         self.tcp.url()

@@ -1,6 +1,7 @@
 //! Daemons that are pods of a real Kubernetes cluster.
 #![allow(clippy::unwrap_used, reason = "a test that panics has failed, and says where")]
 
+use std::sync::RwLock;
 use std::time::Instant;
 
 use common::cluster::{self, Cluster};
@@ -9,9 +10,14 @@ use common::{say, secs, wait_until};
 
 #[path = "../common/mod.rs"]
 mod common;
+mod pool;
+
+/// The API server that all tests share: written by the one that stops it.
+static API: RwLock<()> = RwLock::new(());
 
 #[test]
 fn pods_with_docker_daemons_become_ready_and_answer_the_host() {
+    let _api = API.read();
     let cluster = require!(Cluster::start());
     let start = Instant::now();
     cluster.apply(&cluster::dind("dind", 2));
@@ -30,6 +36,7 @@ fn pods_with_docker_daemons_become_ready_and_answer_the_host() {
 
 #[test]
 fn a_client_in_a_pod_builds_and_runs_on_a_daemon_in_another() {
+    let _api = API.read();
     let cluster = require!(Cluster::start());
     cluster.apply(&cluster::dind("dind", 1));
     let daemon = &cluster.wait_ready("app=dind", 1)[0].ip;

@@ -82,7 +82,7 @@ impl Pool {
     }
 
     fn watch(data: PathBuf, running: Running) -> Pool {
-        let Running { mut observations, stopped, stop } = running;
+        let Running { mut observations, stopped, stop, .. } = running;
         let (tx, latest) = watch::channel(Observation::default());
         tokio::spawn(async move {
             while let Some(observation) = observations.recv().await {
@@ -131,8 +131,8 @@ pub struct Daemon(pub DaemonSpec);
 impl Daemon {
     pub fn socket(&self) -> PathBuf {
         match &self.0.endpoint {
-            Endpoint::Unix(path) => path.clone(),
-            Endpoint::Tcp(addr) => panic!("{addr}"),
+            Some(Endpoint::Unix(path)) => path.clone(),
+            other => panic!("{other:?}"),
         }
     }
 
@@ -159,7 +159,7 @@ impl Daemon {
 
     /// Any daemon.
     pub fn at(socket: &Path, id: &str) -> Daemon {
-        let (id, endpoint) = (id.to_string(), Endpoint::Unix(socket.to_path_buf()));
+        let (id, endpoint) = (id.to_string(), Some(Endpoint::Unix(socket.to_path_buf())));
         Daemon(DaemonSpec {
             id,
             endpoint,
@@ -167,6 +167,9 @@ impl Daemon {
             cgroup: None,
             draining: false,
             pending: None,
+            faulty: false,
+            exposed: false,
+            slots: None,
         })
     }
 

@@ -168,7 +168,11 @@ impl Shadow {
                 return Some(gone);
             }
             // They move only what the engine may choose freely.
-            Event::Configured(_) | Event::Cordon { .. } | Event::Uncordon { .. } | Event::Drain { .. } => {}
+            Event::Configured(_)
+            | Event::Growth(_)
+            | Event::Cordon { .. }
+            | Event::Uncordon { .. }
+            | Event::Drain { .. } => {}
             Event::Tick => {
                 for container in self.containers.values_mut() {
                     if container.until.is_some_and(|until| until <= now) {

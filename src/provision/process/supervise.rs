@@ -58,7 +58,7 @@ struct News {
 pub(super) fn run(pool: Pool) -> Running {
     let (tx, observations) = mpsc::channel(1);
     let (stop, stop_rx) = oneshot::channel();
-    Running { observations, stopped: tokio::spawn(coordinate(pool, tx, stop_rx)), stop }
+    Running { observations, stopped: tokio::spawn(coordinate(pool, tx, stop_rx)), stop, changes: None }
 }
 
 async fn coordinate(pool: Pool, tx: mpsc::Sender<Observation>, mut stopped: oneshot::Receiver<()>) {
@@ -114,16 +114,20 @@ async fn coordinate(pool: Pool, tx: mpsc::Sender<Observation>, mut stopped: ones
 fn observe(pool: &Pool, news: &[News], draining: bool) -> Observation {
     let daemon = |(launch, news): (&Launch, &News)| DaemonSpec {
         id: launch.id.clone(),
-        endpoint: Endpoint::Unix(launch.socket()),
+        endpoint: Some(Endpoint::Unix(launch.socket())),
         source_ips: vec![IpAddr::V4(launch.link.inner())],
         cgroup: Some(plan::cgroup(&launch.pool, &launch.id)),
         draining,
         pending: news.pending.clone(),
+        faulty: news.problem.is_some(),
+        exposed: false,
+        slots: None,
     };
     let problems = news.iter().filter_map(|news| news.problem.clone());
     Observation {
         daemons: pool.launches.iter().zip(news).map(daemon).collect(),
         problems: pool.problems.iter().cloned().chain(problems).collect(),
+        ..Observation::default()
     }
 }
 
