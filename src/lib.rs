@@ -9,7 +9,7 @@
 //! admin → pool, metrics        /metrics /livez /readyz /status, cordon and drain
 //! proxy → pool, error, metrics
 //! pool  → engine, provision (the contract), error, metrics
-//! provision → error
+//! provision → engine (what a scaler asks of it), error
 //! engine → nothing but std     pure decisions
 //! simulate → engine            the balancing against other policies
 //! ```
