@@ -81,6 +81,11 @@ pub enum Bound {
     Unix(UnixListener, PathBuf),
 }
 
+/// How many clients may have connected before they are accepted, as far as the kernel allows (`somaxconn`). The library's
+/// 128 are full in a few milliseconds when many come at once: then a TCP client is heard again after a second, and one
+/// of a Unix socket fails at once.
+const BACKLOG: i32 = 4096;
+
 impl Bound {
     /// Binds an address.
     ///
@@ -91,7 +96,9 @@ impl Bound {
             Address::Tcp(address) => {
                 let listener = TcpListener::bind(address).await?;
                 // Accepted sockets inherit both: no system calls for each.
-                socket2::SockRef::from(&listener).set_tcp_nodelay(true)?;
+                let socket = socket2::SockRef::from(&listener);
+                socket.set_tcp_nodelay(true)?;
+                socket.listen(BACKLOG)?;
                 keepalive(&listener)?;
                 Ok(Bound::Tcp(listener))
             }
@@ -116,6 +123,7 @@ impl Bound {
     fn unix(path: &Path, mode: u32) -> io::Result<Self> {
         remove_stale(path)?;
         let listener = UnixListener::bind(path)?;
+        socket2::SockRef::from(&listener).listen(BACKLOG)?;
         fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
         Ok(Bound::Unix(listener, path.to_path_buf()))
     }
@@ -306,6 +314,33 @@ mod tests {
         assert!(socket.tcp_nodelay().unwrap() && socket.keepalive().unwrap());
         assert_eq!(socket.tcp_keepalive_time().unwrap(), Duration::from_secs(15));
         assert_eq!(socket.tcp_keepalive_interval().unwrap(), Duration::from_secs(5));
+    }
+
+    #[tokio::test]
+    async fn many_clients_connect_before_one_is_accepted() {
+        let dir = tempfile::tempdir().unwrap();
+        let allowed = fs::read_to_string("/proc/sys/net/core/somaxconn").unwrap();
+        let many = allowed.trim().parse::<usize>().unwrap().min(400);
+        let path = dir.path().join("s");
+        let unix = Bound::new(&Address::Unix(path.clone())).await.unwrap();
+        let tcp = Bound::new(&Address::Tcp("127.0.0.1:0".into())).await.unwrap();
+        let address: std::net::SocketAddr = tcp.address().strip_prefix("tcp://").unwrap().parse().unwrap();
+        let over_unix: Vec<socket2::Socket> = (0..many)
+            .map(|_| {
+                let client =
+                    socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None).unwrap();
+                // Else it would wait for a place.
+                client.set_nonblocking(true).unwrap();
+                client.connect(&socket2::SockAddr::unix(&path).unwrap()).unwrap();
+                client
+            })
+            .collect();
+        // Whoever finds no place is heard again a second later.
+        let patience = Duration::from_millis(900);
+        let over_tcp: Vec<std::net::TcpStream> =
+            (0..many).map(|_| std::net::TcpStream::connect_timeout(&address, patience).unwrap()).collect();
+        assert_eq!((over_unix.len(), over_tcp.len()), (many, many));
+        drop(unix);
     }
 
     #[tokio::test]

@@ -91,10 +91,12 @@ impl Peers {
     pub async fn loopback(self: Arc<Self>, client: SocketAddr, server: SocketAddr) -> Source {
         let unknown = Source::Ip(client.ip());
         let Ok(Some((inode, uid))) = self.owner(client, server) else { return unknown };
-        // The process that connected a moment ago, again: faster than handing it to another thread.
+        // The process that connected a moment ago, again: faster than handing it to another thread. While somebody
+        // searches, many come at once, and that search will have met this one, too.
         let link = link_of(inode);
-        let at_hand =
-            || self.seen(inode).or_else(|| self.recent_holder(AT_ONCE, |pid| holds_lately(pid, &link)));
+        let lately = || self.recent_holder(AT_ONCE, |pid| holds_lately(pid, &link));
+        let idle = || self.searching.try_lock().is_ok();
+        let at_hand = || self.seen(inode).or_else(|| if idle() { lately() } else { None });
         let process = match at_hand() {
             Some(pid) => self.process(pid),
             None => {

@@ -306,7 +306,7 @@ fn row_24_nine_thousand_held_streams_leave_health_admin_and_builds_as_they_were(
     let each = (full.saturating_sub(empty)) as f64 / held as f64;
     say(format!("          {held} streams: {empty} KiB became {full} KiB, {each:.2} KiB for each"));
     // All come at once, so this is the most that they ever held; a stream that only idles costs less (benches/run).
-    assert!(debug || each <= 6.0, "{each} KiB for each stream");
+    assert!(debug || each <= 8.0, "{each} KiB for each stream");
     for page in ["/livez", "/readyz", "/status", "/metrics"] {
         let start = Instant::now();
         assert_eq!(pool.admin(page).head.status(), 200, "{page}");
