@@ -64,7 +64,8 @@ fn row_02_requests_of_a_bound_session_to_a_frozen_daemon_end_with_504() {
         let told = format!("daemon {} does not answer", daemon.id);
         assert!(out.stderr.contains(&told), "{}", out.stderr);
     }
-    assert!(start.elapsed() < secs(12));
+    // A create has 10 s from when it was sent, and as long from when its daemon fell silent.
+    assert!(start.elapsed() < secs(25));
     assert_eq!(pool.healthy(), 1);
     // Sent afterwards: also what may take long as a rule.
     let start = Instant::now();

@@ -26,10 +26,14 @@ fn needs() -> Result<(), String> {
 
 /// Starts counters in sessions of their own until there is one on each daemon.
 fn on_each(proxy: &Pool, daemons: &[Daemon]) -> Vec<Counter> {
-    let counters: Vec<Counter> = (0..4).map(|_| Counter::start(&proxy.unix.url())).collect();
-    let place = |d: &Daemon| counters.iter().position(|c| d.has_container(&c.name));
-    let mut places: Vec<usize> =
-        daemons.iter().map(|d| place(d).expect("four sessions are on both daemons")).collect();
+    let mut counters: Vec<Counter> = Vec::new();
+    let place = |counters: &[Counter], d: &Daemon| counters.iter().position(|c| d.has_container(&c.name));
+    let on_all = |counters: &[Counter]| daemons.iter().all(|d| place(counters, d).is_some());
+    while !on_all(&counters) {
+        assert!(counters.len() < 12, "twelve sessions are on one daemon");
+        counters.push(Counter::start(&proxy.unix.url()));
+    }
+    let mut places: Vec<usize> = daemons.iter().filter_map(|d| place(&counters, d)).collect();
     let mut kept: Vec<Option<Counter>> = counters.into_iter().map(Some).collect();
     places.drain(..).map(|n| kept[n].take().unwrap()).collect()
 }
