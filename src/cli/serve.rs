@@ -18,7 +18,7 @@ pub struct Serve {
     /// A daemon: tcp://host:2375 or unix:///path; a name with several addresses is as many daemons; repeats
     #[arg(long, env = "DINDPOOL_DAEMONS", value_name = "URL", value_delimiter = ',')]
     daemon: Vec<String>,
-    /// The daemons are the pods of this Deployment, which is scaled: [NAMESPACE/]NAME[:PORT]
+    /// The daemons are the pods of this Deployment, which is scaled: NAME, NAMESPACE/NAME or NAMESPACE/NAME:PORT
     #[arg(long, env = "DINDPOOL_KUBERNETES", value_name = "DEPLOYMENT", conflicts_with = "daemon")]
     kubernetes: Option<String>,
     #[command(flatten)]
