@@ -227,7 +227,8 @@ fn the_walk_throughs_of_the_design_hold() {
 /// from one repository, so their tags are equal, and each begins by clearing away what an earlier run has left: all but
 /// the first do so when that has built, and has not used its image yet.
 fn one_agent(lab: &Lab) {
-    // A slot each, which a job keeps between its commands: so two of them are never on a daemon at the same time.
+    // A slot each, which a job keeps by a container, however long the others take, and between its commands: so two of
+    // them are never on a daemon at the same time.
     let pool = lab.pool().env("DINDPOOL_SLOTS", "1").env("DINDPOOL_SLOT_LINGER", "5s");
     let pool = lab.serve(pool);
     let agent = Session::new(&pool.host(), client::BUILDX_29);
@@ -242,10 +243,11 @@ fn one_agent(lab: &Lab) {
                 "export CI_JOB_ID={mark} DOCKER_BUILDKIT={kit}\n\
                  {after}docker rmi -f {tag} >/dev/null 2>&1; touch cleared-{n}\n\
                  docker build -q --no-cache --network none --build-arg MARK={mark} -t {tag} ctx >/dev/null || exit 1\n\
+                 docker run -d --name held{mark} --network none {tag} sleep 600 >/dev/null || exit 5\n\
                  touch built-{n}\n{before}\
                  docker run --rm --network none {tag} || exit 2\n\
                  docker image inspect -f '{{{{.Config.Labels.mark}}}}' {tag} || exit 3\n\
-                 docker rmi {tag} >/dev/null || exit 4\n",
+                 docker rm -f held{mark} >/dev/null && docker rmi {tag} >/dev/null || exit 4\n",
                 kit = n % 2,
                 after = if first { String::new() } else { wait("built-0") },
                 before = if first { [1, 2, 3].map(|n| wait(&format!("cleared-{n}"))).concat() } else { String::new() },
@@ -362,16 +364,19 @@ fn build_then_push(lab: &Lab) {
     let pool = lab.serve(lab.pool().env("DINDPOOL_SESSION_GRACE", "5s"));
     let image = format!("{}/app{}:1", lab.registry.name, unique());
     let repository = image.split_once('/').unwrap().1.split_once(':').unwrap().0;
-    let mut builders = Vec::new();
+    let (mut builders, held) = (Vec::new(), unique());
     for mark in ["older", "newer"] {
         let job = ci_job(&pool, &unique());
         job.ok(&format!("docker build --network none --build-arg MARK={mark} -t {image} ctx"));
-        builders.push(job);
+        // Its work keeps the next one away.
+        job.ok(&format!("docker run -d --name {mark}{held} --network none {image} sleep 600"));
+        builders.push((job, mark));
     }
     let mark = |d: &Daemon| d.get(&format!("/images/{image}/json"))["Config"]["Labels"]["mark"].clone();
     let mut marks: Vec<Value> = lab.daemons.iter().map(mark).collect();
     marks.sort_by_key(Value::to_string);
     assert_eq!(marks, ["newer", "older"], "an image of that name on each daemon");
+    builders.iter().for_each(|(job, mark)| drop(job.ok(&format!("docker rm -f {mark}{held}"))));
     drop(builders);
     pool.wait_no_sessions(secs(20));
 

@@ -46,7 +46,10 @@ const CONNECTIONS: usize = 16;
 /// How many drains are followed at the same time. One that nobody follows goes on all the same.
 const FOLLOWED: usize = 8;
 
-/// How long a client may take to send its request and to read the answer. A drain is followed as long as it takes.
+/// How long a client may take to send its request: who says nothing takes the place of a probe.
+const HEAD: Duration = Duration::from_secs(2);
+
+/// How long it may take to send its request and to read the answer. A drain is followed as long as it takes.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A drain without a deadline of its own.
@@ -119,6 +122,7 @@ async fn visit(admin: Arc<Admin>, stream: Stream, trusted: bool, place: OwnedSem
     let serve = hyper::server::conn::http1::Builder::new()
         .keep_alive(false)
         .timer(TokioTimer::new())
+        .header_read_timeout(HEAD)
         .serve_connection(TokioIo::new(stream), service);
     let mut serve = pin!(serve);
     // A client that breaks off its own request is no fault of ours.
@@ -395,6 +399,13 @@ mod tests {
         let mut answer = String::new();
         operator.read_to_string(&mut answer).await.unwrap();
         assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        // Nor for long.
+        let free = async {
+            while admin.remote.available_permits() < CONNECTIONS {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        timeout(4 * HEAD, free).await.unwrap();
         listeners.into_iter().for_each(|l| l.abort());
     }
 

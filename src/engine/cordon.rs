@@ -161,7 +161,7 @@ impl Engine {
     }
 
     /// Stopped containers and unpushed images: nothing of it is work, and all of it goes with the daemon.
-    pub(super) fn left_on(&self, daemon: &DaemonId) -> Left {
+    fn left_on(&self, daemon: &DaemonId) -> Left {
         let mut left = Left::default();
         for (kind, id, object) in self.objects.on(daemon) {
             if kind == Kind::Container && !object.live {

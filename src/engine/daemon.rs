@@ -26,6 +26,8 @@ pub struct Daemon {
     pub used: u32,
     /// Requests and streams that are open here.
     pub(super) open: u32,
+    /// What is here has been listed once.
+    pub(super) listed: bool,
     /// Sessions with a lease here.
     pub sessions: BTreeSet<SessionKey>,
     /// Why it is refused, if its API range does not meet the others'.
@@ -61,6 +63,7 @@ impl Daemon {
             slots: slots.unwrap_or(1),
             used: 0,
             open: 0,
+            listed: false,
             sessions: BTreeSet::new(),
             misfit: None,
             cordon: None,

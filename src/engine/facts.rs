@@ -215,8 +215,9 @@ impl Engine {
     }
 
     pub(super) fn inventory(&mut self, daemon: &DaemonId, began: Time, inventory: Inventory, now: Time) {
-        if !self.daemons.contains_key(daemon) {
-            return;
+        match self.daemons.get_mut(daemon) {
+            Some(d) => d.listed = true,
+            None => return,
         }
         self.lose_emptied(daemon, began, &inventory, now);
         let containers: BTreeSet<&str> = inventory.containers.iter().map(|c| c.id.as_str()).collect();

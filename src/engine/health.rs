@@ -216,7 +216,7 @@ impl Daemon {
 
     /// Slots that nobody else gets: those in use, and those that strangers keep busy. They may have come for good:
     /// one slot is always the pool's.
-    fn taken(&self) -> u32 {
+    pub(super) fn taken(&self) -> u32 {
         self.used + self.strangers().min(self.slots.saturating_sub(1))
     }
 

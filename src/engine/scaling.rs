@@ -1,10 +1,13 @@
 //! What the autoscaler is shown of the engine, and what the engine is told of it.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use serde::{Deserialize, Serialize};
 
-use super::Engine;
-use super::autoscaler::{Candidate, Phase};
+use super::autoscaler::{Candidate, Made, Phase, Removal};
 use super::model::*;
+use super::session::Owned;
+use super::{Engine, Session};
 
 /// Whether more daemons are on their way, or will be asked for.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,34 +39,41 @@ impl Engine {
     }
 
     /// All daemons, as the autoscaler looks at them.
-    pub fn candidates(&self) -> Vec<Candidate> {
+    pub fn candidates(&self, made: &BTreeMap<DaemonId, Made>) -> Vec<Candidate> {
+        // In one go: there may be a thousand daemons and ten times as many sessions.
+        let owns_images = |s: &&Session| s.owned.iter().any(|o| matches!(o, Owned::Image(_)));
+        let holders = self.sessions.values().filter(owns_images);
+        let held: BTreeSet<&DaemonId> = holders.filter_map(|s| Some(&s.home.as_ref()?.daemon)).collect();
         self.daemons
             .values()
-            .map(|d| Candidate {
-                id: d.id.clone(),
-                phase: match d.state {
-                    State::Starting => Phase::Starting,
-                    State::Draining | State::Gone => Phase::Leaving,
-                    State::Ready if d.is_well() => Phase::Ready,
-                    State::Ready => Phase::Away,
-                },
-                slots: d.slots,
-                used: d.used,
-                empty: self.is_empty(&d.id),
-                exposed: false,
-                warm: self.warm.count(&d.id),
-                cordon: d.cordon.as_ref().map(|c| c.by),
+            .map(|d| {
+                let Made { removal, fault } = made.get(&d.id).cloned().unwrap_or_default();
+                // What was never listed may be anything, unless it does not even run.
+                let known = d.listed || removal < Removal::NotReady;
+                let left = held.contains(&d.id) || d.builders.stale() || self.has_containers(&d.id);
+                Candidate {
+                    id: d.id.clone(),
+                    phase: match (d.state, fault) {
+                        (State::Starting, Some(fault)) => Phase::Stuck(fault),
+                        (State::Starting, None) => Phase::Starting,
+                        (State::Draining | State::Gone, _) => Phase::Leaving,
+                        (State::Ready, _) if d.is_well() => Phase::Ready,
+                        (State::Ready, _) => Phase::Away,
+                    },
+                    slots: d.slots,
+                    used: d.taken(),
+                    empty: known && !left && !self.has_work(&d.id),
+                    removal,
+                    warm: self.warm.count(&d.id),
+                    cordon: d.cordon.as_ref().map(|c| c.by),
+                }
             })
             .collect()
     }
 
-    /// Whether nothing would be lost with a daemon: no lease, no container, no image that is nowhere else.
-    fn is_empty(&self, daemon: &DaemonId) -> bool {
-        if self.has_work(daemon) {
-            return false;
-        }
-        let left = self.left_on(daemon);
-        left.containers.is_empty() && left.images.is_empty()
+    /// Whether a container is there, also one that does not run: nobody else has it.
+    fn has_containers(&self, daemon: &DaemonId) -> bool {
+        self.objects.on(daemon).any(|(kind, _, _)| kind == Kind::Container)
     }
 }
 
@@ -91,7 +101,7 @@ mod tests {
                 requirements: Requirements::default(),
                 deadline: None,
             }),
-            Time::from_secs(1),
+            Time::from_secs(5),
         )
     }
 
@@ -100,11 +110,11 @@ mod tests {
         let mut engine = Engine::new(Config::default(), 1);
         let refused = |effects: &[Effect]| effects.iter().any(|e| matches!(e, Effect::Refused { .. }));
         assert!(refused(&ask(&mut engine, "a")), "nobody comes");
-        engine.handle(Event::Growth(Growth { coming: true, faults: Vec::new() }), Time::from_secs(1));
+        engine.handle(Event::Growth(Growth { coming: true, faults: Vec::new() }), Time::from_secs(5));
         assert!(!refused(&ask(&mut engine, "b")));
         assert_eq!(engine.waits_for_anybody(), 1);
         let faults = vec!["d-1: ImagePullBackOff".to_string()];
-        let effects = engine.handle(Event::Growth(Growth { coming: false, faults }), Time::from_secs(2));
+        let effects = engine.handle(Event::Growth(Growth { coming: false, faults }), Time::from_secs(6));
         assert!(effects.iter().any(|effect| matches!(
             effect,
             Effect::Refused { refusal: Refusal::NoDaemon(why), .. } if why.contains("ImagePullBackOff")
@@ -121,7 +131,10 @@ mod tests {
             let probe = Probe::Answered(facts.clone());
             engine.handle(Event::Probed { daemon: "a".into(), probe }, Time::from_secs(second));
         }
-        let candidate = |engine: &Engine| engine.candidates().remove(0);
+        let candidate = |engine: &Engine| engine.candidates(&BTreeMap::new()).remove(0);
+        assert!(!candidate(&engine).empty, "nobody knows what is on it");
+        let (daemon, began) = ("a".into(), Time::from_secs(4));
+        engine.handle(Event::Inventory { daemon, began, inventory: Inventory::default() }, began);
         assert!(candidate(&engine).empty && candidate(&engine).phase == Phase::Ready);
         ask(&mut engine, "a");
         assert_eq!((candidate(&engine).empty, candidate(&engine).used), (false, 1));

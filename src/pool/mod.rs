@@ -359,6 +359,11 @@ impl Pool {
         self.lock().daemons.len()
     }
 
+    /// Whether no daemon has come up yet, or none is left.
+    pub fn has_nobody(&self) -> bool {
+        self.lock().engine.daemons().all(|d| d.state == engine::model::State::Starting)
+    }
+
     /// Whether at least one daemon takes sessions.
     pub fn is_ready(&self) -> bool {
         self.lock().engine.daemons().any(|d| d.takes_sessions())
@@ -602,6 +607,9 @@ impl Pool {
             }
         }
         state.problems = observation.problems;
+        if observation.blind {
+            return;
+        }
         state.observed = observation.daemons;
         state.observing = true;
         state.made = scaler::Made {
@@ -779,7 +787,7 @@ mod tests {
             draining: false,
             pending: None,
             faulty: false,
-            exposed: false,
+            removal: Default::default(),
             slots: None,
         };
         pool.observe(Observation {

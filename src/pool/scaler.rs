@@ -8,10 +8,10 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 
 use super::Pool;
-use crate::engine::autoscaler::{Autoscaler, Decision, Phase, Reason, Step, View};
+use crate::engine::autoscaler::{self, Autoscaler, Decision, Reason, Step, View};
 use crate::engine::model::*;
 use crate::engine::scaling::Growth;
-use crate::provision::Change;
+use crate::provision::{Change, DaemonSpec};
 
 /// Between two looks.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -67,14 +67,11 @@ impl Pool {
     /// The pool as the autoscaler looks at it.
     fn view(&self) -> View {
         let state = self.lock();
-        let mut daemons = state.engine.candidates();
-        for d in &mut daemons {
-            let Some(spec) = state.observed.iter().find(|spec| spec.id == d.id.as_str()) else { continue };
-            d.exposed = spec.exposed;
-            if d.phase == Phase::Starting && spec.faulty {
-                d.phase = Phase::Stuck(spec.pending.clone().unwrap_or_default());
-            }
-        }
+        let made = |spec: &DaemonSpec| {
+            let fault = spec.pending.clone().filter(|_| spec.faulty);
+            (DaemonId::from(spec.id.as_str()), autoscaler::Made { removal: spec.removal, fault })
+        };
+        let daemons = state.engine.candidates(&state.observed.iter().map(made).collect());
         let mut waiting = state.engine.waits_for_anybody();
         if self.newcomers.load(Ordering::Relaxed) > 0 {
             // However many they are: one daemon can answer them all.
@@ -122,12 +119,11 @@ pub async fn run(pool: Arc<Pool>, changes: mpsc::Sender<Change>) {
         tick.tick().await;
         let config = pool.config();
         autoscaler.configure(config.scale.clone());
-        let decision = autoscaler.decide(&pool.view(), pool.now());
+        let view = pool.view();
+        let decision = autoscaler.decide(&view, pool.now());
         pool.decided(&decision, &autoscaler, config.scaler);
-        if !config.scaler {
-            continue;
-        }
-        for step in &decision.steps {
+        let steps = if config.scaler { decision.steps } else { autoscaler.stand_down(&view) };
+        for step in &steps {
             if let Err(error) = apply(&pool, &changes, step).await {
                 tracing::warn!("scaling: {error}");
                 pool.metrics.scale_steps.with_label_values(&[word(step), "failed"]).inc();
@@ -135,6 +131,10 @@ pub async fn run(pool: Arc<Pool>, changes: mpsc::Sender<Change>) {
                 break;
             }
             pool.metrics.scale_steps.with_label_values(&[word(step), "done"]).inc();
+        }
+        if decision.reason == Reason::Busy {
+            // A build may be over whose image nobody has told of; nothing goes before that is known.
+            pool.refresh_images().await;
         }
     }
 }
@@ -152,7 +152,10 @@ async fn apply(pool: &Arc<Pool>, changes: &mpsc::Sender<Change>, step: &Step) ->
     match step {
         // One that has gone meanwhile needs neither.
         Step::Cordon(daemon) => drop(pool.cordon(daemon, CordonedBy::Scaler)),
-        Step::Uncordon(daemon) => drop(pool.uncordon(daemon, CordonedBy::Scaler)),
+        Step::Uncordon(daemon) => {
+            drop(pool.uncordon(daemon, CordonedBy::Scaler));
+            ask(changes, step).await?;
+        }
         Step::Grow { from, to } => {
             tracing::info!(from, to, "scaling up");
             ask(changes, step).await?;

@@ -244,7 +244,7 @@ fn spec(endpoint: Endpoint) -> DaemonSpec {
         draining: false,
         pending: None,
         faulty: false,
-        exposed: false,
+        removal: Default::default(),
         slots: None,
     }
 }

@@ -16,7 +16,7 @@ use futures_util::TryStreamExt;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::autoscaling::v1::{Scale, ScaleSpec};
 use k8s_openapi::api::core::v1::{Container, ContainerStatus, Pod};
-use kube::api::{Patch, PatchParams, PostParams};
+use kube::api::{ListParams, Patch, PatchParams, PostParams};
 use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::{self, watcher};
 use kube::{Api, Client};
@@ -24,12 +24,14 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::{Change, DaemonSpec, Endpoint, Observation, Running};
-use crate::engine::autoscaler::Step;
+use crate::engine::autoscaler::{Removal, Step};
 
 /// How often the number that was asked for is read.
 const REFRESH: Duration = Duration::from_secs(5);
 /// How long the API server may take for one answer.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// For how many seconds the API server keeps one watch: one that has broken unseen is noticed by then.
+const WATCH: u32 = 60;
 /// Compared among the pods of one ReplicaSet that gets smaller; the lowest goes first.
 const COST: &str = "controller.kubernetes.io/pod-deletion-cost";
 /// How long it is told that another pod went than the one that was chosen.
@@ -125,8 +127,11 @@ struct Seen {
     pods: BTreeMap<String, Pod>,
     /// Those of a list that is under way.
     listing: Option<BTreeMap<String, Pod>>,
-    /// All of them have been listed since the watch began.
+    /// All of them have been listed once.
     whole: bool,
+    /// The watch has broken off. It goes on where it was, or lists anew, and does not tell which and when: until the
+    /// pods have been listed beside it the picture may be old.
+    unsure: bool,
     replicas: Option<u32>,
     /// Who was chosen to go, and is still there.
     victim: Option<String>,
@@ -153,15 +158,18 @@ impl Provisioner {
         }
     }
 
-    /// Nothing is known yet; that much can be said.
+    /// What is there is not known, or no longer; that much can be said.
     async fn cannot(&self, why: &str) {
         let problem = format!("cannot read the scale of Deployment {}: {why}", self.target.deployment);
-        let _ = self.tx.send(Observation { problems: vec![problem], ..Observation::default() }).await;
+        let _ = self
+            .tx
+            .send(Observation { blind: true, problems: vec![problem], ..Observation::default() })
+            .await;
     }
 
     async fn watch(&self, selector: &str, replicas: u32, asked: &mut mpsc::Receiver<Change>) {
         let mut seen = Seen { replicas: Some(replicas), ..Seen::default() };
-        let config = watcher::Config::default().labels(selector);
+        let config = watcher::Config::default().labels(selector).timeout(WATCH);
         let mut events = pin!(watcher(self.pods.clone(), config).default_backoff());
         let mut refresh = tokio::time::interval(REFRESH);
         refresh.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -175,35 +183,50 @@ impl Provisioner {
                     }
                     Ok(None) => return tracing::error!("the watch of the pods has ended"),
                     Err(error) => {
-                        // It is begun anew; until then the picture may be wrong.
-                        seen.whole = false;
+                        seen.unsure = true;
                         tracing::warn!("watching the pods of {}: {error}", self.target.deployment);
                     }
                 },
                 _ = refresh.tick() => {
-                    match timeout(PATIENCE, self.deployments.get_scale(&self.target.deployment)).await {
-                        Ok(Ok(scale)) => {
-                            seen.replicas = Some(self::replicas(&scale));
-                            if !self.tell(&mut seen).await {
-                                return;
-                            }
-                        }
-                        Ok(Err(error)) => tracing::warn!("reading the scale of {}: {error}", self.target.deployment),
-                        Err(_) => tracing::warn!("reading the scale of {}: no answer", self.target.deployment),
+                    let confirmed = timeout(PATIENCE, self.confirm(selector, &mut seen)).await;
+                    match confirmed.unwrap_or_else(|_| Err("no answer".into())) {
+                        Ok(()) if !self.tell(&mut seen).await => return,
+                        Ok(()) => {}
+                        Err(why) => self.cannot(&why).await,
                     }
                 }
                 Some(Change { step, done }) = asked.recv() => {
+                    // Whoever has given it up decides anew.
+                    if done.is_closed() {
+                        continue;
+                    }
                     let result = timeout(2 * PATIENCE, self.change(&step, &mut seen)).await;
-                    let _ = done.send(result.unwrap_or_else(|_| Err("the API server does not answer".into())));
+                    let _ = done.send(result.unwrap_or_else(|_| {
+                        // Nobody knows whether it was taken: who goes next is not held against it.
+                        seen.victim = None;
+                        Err("the API server does not answer".into())
+                    }));
                 }
                 () = self.tx.closed() => return,
             }
         }
     }
 
+    /// Asks how many there are to be, and for the pods themselves if what is known of them may be old.
+    async fn confirm(&self, selector: &str, seen: &mut Seen) -> Result<(), String> {
+        let scale = self.deployments.get_scale(&self.target.deployment).await.map_err(|e| e.to_string())?;
+        seen.replicas = Some(replicas(&scale));
+        if seen.unsure {
+            let pods =
+                self.pods.list(&ListParams::default().labels(selector)).await.map_err(|e| e.to_string())?;
+            seen.relisted(pods.items);
+        }
+        Ok(())
+    }
+
     /// Whether anybody listens.
     async fn tell(&self, seen: &mut Seen) -> bool {
-        if !seen.whole {
+        if !seen.whole || seen.unsure {
             return true;
         }
         self.tx.send(seen.observation(self.target.port)).await.is_ok()
@@ -213,15 +236,24 @@ impl Provisioner {
         match step {
             Step::Grow { from, to } => self.scale(*from, *to, seen).await,
             Step::Remove { daemon, from } => {
+                // Two that are equally cheap, and one of them at work: marks of former victims go first.
+                for marked in seen.marked().filter(|pod| *pod != daemon.as_str()) {
+                    self.set_cost(marked, None).await?;
+                }
                 self.set_cost(daemon.as_str(), Some("-1000")).await?;
                 seen.victim = Some(daemon.to_string());
                 let scaled = self.scale(*from, from - 1, seen).await;
                 if scaled.is_err() {
                     seen.victim = None;
-                    // Whoever scales next must not take it for the cheapest. If this fails, too, it has gone.
+                    // Whoever else scales must not take it for the cheapest. If this fails, the next victim's mark
+                    // is not set before this one is removed.
                     let _ = self.set_cost(daemon.as_str(), None).await;
                 }
                 scaled
+            }
+            // Else it would be the cheapest for ever, whatever runs on it.
+            Step::Uncordon(daemon) if seen.marked().any(|pod| pod == daemon.as_str()) => {
+                self.set_cost(daemon.as_str(), None).await
             }
             Step::Cordon(_) | Step::Uncordon(_) => Ok(()),
         }
@@ -268,11 +300,7 @@ impl Seen {
             }
             watcher::Event::InitDone => {
                 let listed = self.listing.take().unwrap_or_default();
-                if self.victim.as_ref().is_some_and(|victim| !listed.contains_key(victim)) {
-                    self.victim = None;
-                }
-                self.pods = listed;
-                self.whole = true;
+                self.relisted(listed.into_values());
                 true
             }
             watcher::Event::Apply(pod) => {
@@ -290,6 +318,28 @@ impl Seen {
                 true
             }
         }
+    }
+
+    /// All pods that there are now. Who has gone meanwhile went as those do that are seen to go.
+    fn relisted(&mut self, pods: impl IntoIterator<Item = Pod>) {
+        let named = |pod: Pod| (pod.metadata.name.clone().unwrap_or_default(), pod);
+        let before = std::mem::replace(&mut self.pods, pods.into_iter().map(named).collect());
+        for (name, pod) in before {
+            if !is_leaving(&pod) && self.pods.get(&name).is_none_or(is_leaving) {
+                self.goes(&name);
+            }
+        }
+        (self.whole, self.unsure) = (true, false);
+    }
+
+    /// The pods that are marked as the cheapest.
+    fn marked(&self) -> impl Iterator<Item = &str> {
+        let is_marked =
+            |pod: &Pod| pod.metadata.annotations.as_ref().is_some_and(|all| all.contains_key(COST));
+        self.pods
+            .iter()
+            .filter(move |(_, pod)| is_marked(pod) && !is_leaving(pod))
+            .map(|(name, _)| name.as_str())
     }
 
     /// A pod goes: the one that was chosen, or, while that one is still there, perhaps instead of it.
@@ -314,6 +364,7 @@ impl Seen {
             .filter_map(|pod| pod.metadata.owner_references.as_ref()?.first().map(|o| o.uid.as_str()))
             .collect();
         Observation {
+            blind: false,
             daemons: there().map(|pod| spec(pod, port)).collect(),
             problems: self.alarm.iter().map(|(alarm, _)| alarm.clone()).collect(),
             replicas: self.replicas,
@@ -359,8 +410,20 @@ fn spec(pod: &Pod, port: u16) -> DaemonSpec {
         draining: is_leaving(pod),
         pending,
         faulty,
-        exposed: !ready,
+        removal: removal(pod),
         slots: slots(pod, port),
+    }
+}
+
+/// When its ReplicaSet would take it.
+fn removal(pod: &Pod) -> Removal {
+    let assigned = pod.spec.as_ref().is_some_and(|spec| spec.node_name.is_some());
+    let runs = pod.status.as_ref().is_some_and(|status| status.phase.as_deref() == Some("Running"));
+    match (assigned, runs) {
+        (false, _) => Removal::Unassigned,
+        (true, false) => Removal::Pending,
+        (true, true) if is_ready(pod) => Removal::Ready,
+        (true, true) => Removal::NotReady,
     }
 }
 
@@ -441,7 +504,7 @@ mod tests {
             "metadata": { "name": name, "ownerReferences": [{
                 "apiVersion": "apps/v1", "kind": "ReplicaSet", "name": owner, "uid": owner,
             }] },
-            "spec": { "containers": [
+            "spec": { "nodeName": "node1", "containers": [
                 { "name": "sidecar", "resources": { "limits": { "cpu": "100m" } } },
                 { "name": "dind", "ports": [{ "containerPort": 2375 }],
                   "resources": { "limits": { "cpu": "8", "memory": "6Gi" } } },
@@ -503,10 +566,8 @@ mod tests {
         let [daemon] = observation.daemons.as_slice() else { panic!("{observation:?}") };
         assert_eq!(daemon.endpoint, Some(Endpoint::Tcp("10.0.0.7:2375".parse().unwrap())));
         assert_eq!(daemon.slots, Some(3), "6 GiB are less than 8 processors");
-        assert_eq!(
-            (daemon.pending.clone(), daemon.faulty, daemon.exposed, daemon.draining),
-            (None, false, false, false)
-        );
+        assert_eq!((daemon.pending.clone(), daemon.faulty, daemon.draining), (None, false, false));
+        assert_eq!(daemon.removal, Removal::Ready);
         assert_eq!((observation.replicas, observation.rollout), (Some(2), false));
     }
 
@@ -530,7 +591,7 @@ mod tests {
         ] {
             let daemon = spec(&pod("a", "rs-1", status), 2375);
             assert_eq!((daemon.pending.as_deref(), daemon.faulty), (Some(why), faulty));
-            assert!(daemon.exposed && daemon.endpoint.is_none());
+            assert!(daemon.removal < Removal::Ready && daemon.endpoint.is_none());
         }
     }
 
@@ -558,13 +619,17 @@ mod tests {
     #[test]
     fn row_15_a_watch_that_begins_anew_loses_nobody_meanwhile() {
         let mut seen = seen(vec![running("a"), running("b")]);
-        seen.whole = false;
+        seen.unsure = true;
         seen.take(watcher::Event::Init);
         seen.take(watcher::Event::InitApply(running("a")));
-        assert!(!seen.whole && seen.pods.len() == 2);
+        assert!(seen.unsure && seen.pods.len() == 2);
         seen.take(watcher::Event::InitApply(running("c")));
-        assert!(seen.take(watcher::Event::InitDone) && seen.whole);
+        assert!(seen.take(watcher::Event::InitDone) && !seen.unsure);
         assert_eq!(seen.pods.keys().collect::<Vec<_>>(), ["a", "c"]);
+        // A watch that goes on where it was lists nothing: the list beside it does the same, and sees who went.
+        (seen.unsure, seen.victim) = (true, Some("a".into()));
+        seen.relisted([running("a"), leaving("c")]);
+        assert!(!seen.unsure && seen.alarm.is_some() && seen.victim.is_none());
     }
 
     #[test]

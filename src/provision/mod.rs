@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::engine::autoscaler::Step;
+use crate::engine::autoscaler::{Removal, Step};
 
 /// The longest path of a Unix socket (`sun_path` has 108 bytes, the last of them 0).
 pub const MAX_SOCKET_PATH: usize = 107;
@@ -62,8 +62,8 @@ pub struct DaemonSpec {
     pub pending: Option<String>,
     /// Whether that is a fault, which may or may not go away.
     pub faulty: bool,
-    /// Whether the provisioner would take it first if there were to be fewer (a pod that is not ready).
-    pub exposed: bool,
+    /// When the provisioner would take it if there were to be fewer.
+    pub removal: Removal,
     /// Its slots, if the provisioner knows better than the daemon: one in a pod sees its node's processors.
     pub slots: Option<u32>,
 }
@@ -71,6 +71,8 @@ pub struct DaemonSpec {
 /// The whole pool as the provisioner knows it.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Observation {
+    /// Nothing but the problems is told: it cannot see.
+    pub blind: bool,
     /// Every daemon that exists or is being made.
     pub daemons: Vec<DaemonSpec>,
     /// Faults to tell the operator about, each a sentence (`cannot resolve dind.ci: …`).

@@ -80,7 +80,7 @@ pub(super) async fn proxy(daemons: Vec<(&str, Endpoint)>) -> (Arc<Proxy>, String
         draining: false,
         pending: None,
         faulty: false,
-        exposed: false,
+        removal: Default::default(),
         slots: None,
     };
     let daemons = daemons.into_iter().map(spec).collect();

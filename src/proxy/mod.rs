@@ -216,20 +216,6 @@ impl Connection {
         }
     }
 
-    /// Waits while the very first daemon is on its way: buildx asks for `/version` before it builds, and ends if
-    /// that fails. False if the client left.
-    async fn first_daemon(&mut self) -> bool {
-        let pool = self.proxy.pool.clone();
-        let _newcomer = pool.newcomer();
-        while self.proxy.pool.about(None).is_none() && self.proxy.pool.expects_room() {
-            if self.client.peer() != Peer::Open || self.proxy.drain.is_stopping() {
-                return false;
-            }
-            sleep(Duration::from_millis(50)).await;
-        }
-        true
-    }
-
     async fn next_request(&mut self) -> Next {
         let Some(head) = self.head().await else { return Next::Close };
         match head {
@@ -316,8 +302,8 @@ impl Connection {
                 return Err(self.answer(&head, answer).await);
             }
             Some(Local::Version) => {
-                if !self.first_daemon().await {
-                    return Err(Next::Close);
+                if let Err(error) = self.first_daemon(|pool| pool.about(None).is_none()).await {
+                    return Err(self.refuse_unless_gone(&error, head_only).await);
                 }
                 match local::version(&self.proxy.pool, keep_alive) {
                     Ok(answer) => return Err(self.answer(&head, answer).await),
@@ -340,6 +326,10 @@ impl Connection {
             && self.proxy.waiting.cancel(&identity.key, id)
         {
             return Err(self.answer(&head, local::ok(keep_alive)).await);
+        }
+        let queues = matches!(route.class, Class::Work(_) | Class::Join);
+        if !queues && let Err(error) = self.first_daemon(Pool::has_nobody).await {
+            return Err(self.refuse_unless_gone(&error, head_only).await);
         }
         let (want, named) = match self.want(&head, &route, identity).await {
             Ok(want) => want,
@@ -366,6 +356,35 @@ impl Connection {
         };
         self.proxy.metrics.added.observe(started.elapsed().as_secs_f64());
         Ok(Box::new(Admitted { head, route, who: want.into(), named, lease, daemon, told, started }))
+    }
+
+    /// Waits while `lacks` a daemon that is on its way, for what does not wait in the queue: buildx asks for `/version`
+    /// before it builds, and ends if that fails; a job may begin with a login.
+    ///
+    /// # Errors
+    /// As [`Self::may_wait`].
+    async fn first_daemon(&self, lacks: impl Fn(&Pool) -> bool) -> Result<(), Error> {
+        let pool = &self.proxy.pool;
+        let _newcomer = pool.newcomer();
+        while lacks(pool) && pool.expects_room() {
+            self.may_wait()?;
+            sleep(Duration::from_millis(50)).await;
+        }
+        Ok(())
+    }
+
+    /// Whether there is a point in waiting outside the queue, which watches client and proxy by itself.
+    ///
+    /// # Errors
+    /// When the client has left, and when the proxy stops.
+    fn may_wait(&self) -> Result<(), Error> {
+        if self.client.peer() != Peer::Open {
+            return Err(Error::new(Kind::ClientGone, "the client left while it waited"));
+        }
+        if self.proxy.drain.is_stopping() {
+            return Err(Error::new(Kind::ShuttingDown, "dindpool is shutting down; try again"));
+        }
+        Ok(())
     }
 
     /// Relays one request and its response, and the tunnel that it may become.
@@ -505,8 +524,6 @@ impl Connection {
                 return;
             }
             Err(error) => {
-                self.proxy.metrics.errors.with_label_values(&[error.fault().as_str()]).inc();
-                tracing::warn!(session = %want.key, "{}", error.for_log());
                 self.done(route, &want.into(), None, started, "refused");
                 self.refuse_calls(&error, told).await;
                 return;
@@ -516,9 +533,15 @@ impl Connection {
         if let Some(head) = head
             && let Err(error) = upgrade(&mut daemon, head).await
         {
-            tracing::warn!(daemon = %lease.daemon().id, "/grpc: {error}");
+            let kind = match error.kind() {
+                io::ErrorKind::TimedOut => Kind::DaemonTimeout,
+                _ => Kind::DaemonUnreachable,
+            };
+            let error =
+                Error::new(kind, format!("daemon {} does not serve BuildKit: {error}", lease.daemon().id));
             self.done(route, &who, Some(&lease), started, word(Outcome::DaemonFailed));
             lease.finish(Outcome::DaemonFailed);
+            self.refuse_calls(&error, told).await;
             return;
         }
         self.proxy.metrics.added.observe(started.elapsed().as_secs_f64());
@@ -533,6 +556,8 @@ impl Connection {
     /// Nothing but HTTP/2 may be said to this client any more: each of its calls is answered with the error, until it
     /// leaves.
     async fn refuse_calls(&mut self, error: &Error, told: Told) {
+        self.proxy.metrics.errors.with_label_values(&[error.fault().as_str()]).inc();
+        tracing::warn!(fault = error.fault().as_str(), "{}", error.for_log());
         let Connection { client, proxy, .. } = self;
         let mut refusal = Refusal::new(&error.message, told.settings);
         let answer = async {
@@ -544,7 +569,16 @@ impl Connection {
                 }
             }
         };
-        let _ = proxy.drain.unless_stopping(timeout(REFUSED, answer)).await;
+        // It makes its calls when it has been greeted, also when the proxy stops.
+        let time = if proxy.drain.is_stopping() { NEWCOMER } else { REFUSED };
+        {
+            let mut answer = pin!(timeout(time, answer));
+            if proxy.drain.unless_stopping(answer.as_mut()).await.is_none() {
+                let _ = timeout(NEWCOMER, answer).await;
+            }
+        }
+        // Unread bytes would make a reset of the close, which eats what was said.
+        refuse(client, &[]).await;
     }
 
     async fn tunnel(
@@ -641,10 +675,10 @@ impl Connection {
                 false => requirements.apart.push(project),
             }
         }
-        // The uuid of a BuildKit session is in its own head and in its build's query: they belong together.
         // A terminal's list of networks by name is a list like any other; a job's must not show what is another's.
         let listed = |t: &ObjectRef| t.kind == ObjectKind::Network && route.class == Class::Read;
         let target = route.target.clone().filter(|t| !(identity.interactive && listed(t)));
+        // The uuid of a BuildKit session is in its own head and in its build's query: they belong together.
         let target = target.or_else(|| build_session(head).filter(|_| route.class == Class::Join));
         let want = Want {
             key: identity.key,
@@ -704,7 +738,10 @@ impl Connection {
                     lease.finish(Outcome::Unreached);
                     match attempts.failed(&id, bound, Instant::now()) {
                         Attempt::GiveUp => return Err(Error::new(kind, message)),
-                        Attempt::Again(pause) => sleep(pause).await,
+                        Attempt::Again(pause) => {
+                            self.may_wait()?;
+                            sleep(pause).await;
+                        }
                         Attempt::Elsewhere => {
                             tracing::warn!(daemon = %id, session = %want.key, "{message}; trying another");
                             self.proxy.metrics.retries.inc();
@@ -734,6 +771,14 @@ impl Connection {
         tracing::info!(fault = error.fault().as_str(), status = error.status().0, "{}", error.for_log());
         refuse(&mut self.client, &error.response(head_only)).await;
         Next::Close
+    }
+
+    /// As [`Self::refuse`], if there is anybody to tell.
+    async fn refuse_unless_gone(&mut self, error: &Error, head_only: bool) -> Next {
+        match error.kind {
+            Kind::ClientGone => Next::Close,
+            _ => self.refuse(error, head_only).await,
+        }
     }
 
     /// As [`Self::refuse`], also where the client has been answered while it waited: then within its stream.

@@ -167,7 +167,9 @@ pub struct Frozen(Pid);
 
 impl Drop for Frozen {
     fn drop(&mut self) {
-        kill(self.0, Signal::SIGCONT).expect("SIGCONT");
+        if let Err(error) = kill(self.0, Signal::SIGCONT) {
+            say(format!("the API server cannot go on: {error}"));
+        }
     }
 }
 
@@ -282,8 +284,11 @@ impl Node {
 impl Drop for Node {
     fn drop(&mut self) {
         let start = Instant::now();
-        self.cluster("down", &[]);
-        say(format!("the cluster is down after {:.1?}", start.elapsed()));
+        // A test that has failed already is to say so itself.
+        match try_script("cluster", &[Path::new("down"), self.dir.path()]) {
+            Ok(()) => say(format!("the cluster is down after {:.1?}", start.elapsed())),
+            Err(fault) => say(format!("the cluster is not down: {fault}")),
+        }
     }
 }
 
@@ -307,6 +312,10 @@ fn lock() -> File {
 /// Runs a script of tests/cluster, which must succeed.
 #[track_caller]
 fn script(name: &str, args: &[&Path]) {
+    try_script(name, args).unwrap_or_else(|fault| panic!("{fault}"));
+}
+
+fn try_script(name: &str, args: &[&Path]) -> Result<(), String> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cluster").join(name);
     let log = tempfile::tempfile().expect("a file");
     // Not through a pipe: what the script leaves running would hold it open.
@@ -318,9 +327,13 @@ fn script(name: &str, args: &[&Path]) {
         .stdout(log.try_clone().expect("dup"))
         .stderr(log.try_clone().expect("dup"))
         .status()
-        .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        .map_err(|error| format!("{}: {error}", path.display()))?;
     let text = || std::io::read_to_string(std::io::Seek::rewind(&mut &log).map(|()| &log).expect("a log"));
-    assert!(status.success(), "tests/cluster/{name} {args:?}: {}", text().unwrap_or_default());
+    if status.success() {
+        Ok(())
+    } else {
+        Err(format!("tests/cluster/{name} {args:?}: {}", text().unwrap_or_default()))
+    }
 }
 
 #[track_caller]

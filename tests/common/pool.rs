@@ -199,6 +199,12 @@ impl Pool {
         line.and_then(|value| value.parse().ok()).unwrap_or(0.0)
     }
 
+    /// What the autoscaler has tried so far.
+    pub fn steps(&self) -> Vec<String> {
+        let text = self.admin("/metrics").text();
+        text.lines().filter(|l| l.starts_with("dindpool_scale_steps_total")).map(str::to_owned).collect()
+    }
+
     /// Its log so far.
     pub fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()

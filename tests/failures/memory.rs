@@ -58,6 +58,7 @@ fn row_04_a_daemon_killed_for_want_of_memory_fails_its_builds_within_a_second_an
         let (near, far): (Vec<Counter>, Vec<Counter>) =
             others.into_iter().partition(|c| victims.has_container(&c.name));
         assert!(!far.is_empty(), "three sessions beside a build, and all on its daemon");
+        let kills = limits[victim].kills();
         limits[victim].leave(8 << 20);
         let (time, out) = std::thread::scope(|scope| {
             let (one, limit) = (&mut daemons[victim], &limits[victim]);
@@ -65,7 +66,11 @@ fn row_04_a_daemon_killed_for_want_of_memory_fails_its_builds_within_a_second_an
             scope.spawn(move || greedy(&addr));
             let (signal, _) = poll(secs(30), || one.died_of()).expect("the kernel kills it");
             let start = Instant::now();
-            assert_eq!((signal, limit.kills() > 0), (libc::SIGKILL, true), "it is the kernel that kills it");
+            assert_eq!(
+                (signal, limit.kills() > kills),
+                (libc::SIGKILL, true),
+                "it is the kernel that kills it"
+            );
             let out = build.job.wait(secs(30));
             (start.elapsed().as_millis(), out)
         });

@@ -41,7 +41,8 @@ fn row_45_a_daemon_without_a_common_version_is_refused_with_an_alarm_and_clients
     assert_eq!(refused(id), 1.0);
     let mut others = all.iter().enumerate().filter(|(i, _)| *i != old_one);
     assert!(others.all(|(_, d)| refused(d["id"].as_str().unwrap()) == 0.0));
-    assert!(pool.log().lines().any(|l| l.contains("ERROR") && l.contains(told)), "{}", pool.log());
+    let logged = || pool.log().lines().any(|l| l.contains("ERROR") && l.contains(told));
+    wait_until("the log says so", secs(5), logged);
     let shown = std::process::Command::new(env!("CARGO_BIN_EXE_dindpool"))
         .args(["status", "--admin", &pool.admin_url()])
         .output()

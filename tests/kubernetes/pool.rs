@@ -127,6 +127,8 @@ fn row_14_an_api_server_that_does_not_answer_is_not_noticed_by_builds_and_nothin
     cluster.wait_ready("app=dind", 2);
     let pool = pool(&cluster, &[("--slots", "1")]);
     pool.wait_healthy(2, secs(30));
+    let steps = |pool: &Pool| pool.steps();
+    let before = steps(&pool);
     let frozen = cluster.freeze();
     let jobs = jobs(&pool, 2);
     let builds: Vec<_> =
@@ -136,6 +138,7 @@ fn row_14_an_api_server_that_does_not_answer_is_not_noticed_by_builds_and_nothin
     // Idle for longer than the stabilisation, and with a picture that is too old.
     wait_until("the picture is too old", secs(60), || scaler(&pool, "reason") == "stale");
     assert_eq!(pool.healthy(), 2);
+    assert_eq!(steps(&pool), before, "nothing was even tried");
     drop(frozen);
     wait_until("the pool catches up", Duration::from_secs(90), || scaler(&pool, "replicas") == 0);
 }

@@ -168,7 +168,7 @@ impl Daemon {
             draining: false,
             pending: None,
             faulty: false,
-            exposed: false,
+            removal: Default::default(),
             slots: None,
         })
     }

@@ -149,3 +149,29 @@ fn grpc_is_answered_101_before_a_daemon_is_touched() {
     wait_until("the daemon is given up", secs(30), || pool.healthy() == 0);
     open(&pool.tcp);
 }
+
+/// The client has its 101 already: whatever is wrong now can only be said in gRPC, and a connection that ends without
+/// that makes buildx dial again a thousand times a second.
+#[test]
+fn a_daemon_that_does_not_upgrade_is_told_to_each_call() {
+    let fake = FakeDaemon::start("/grpc", |exchange| {
+        exchange.json("403 Forbidden", &serde_json::json!({ "message": "not here" }));
+    });
+    let pool = front(&[&fake]);
+    let mut conn = Conn::connect(&pool.tcp);
+    conn.send("POST /grpc HTTP/1.1\r\nHost: \r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n");
+    assert_eq!(conn.head().status(), 101);
+    // The preface, empty SETTINGS, and the HEADERS (`:method: POST`) of two calls.
+    let headers = |stream: u8| [0, 0, 1, 1, 5, 0, 0, 0, stream, 0x83];
+    let calls = [headers(1), headers(3)].concat();
+    conn.send([b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0".as_slice(), &calls].concat());
+    let mut said = Vec::new();
+    let told = |said: &[u8]| String::from_utf8_lossy(said).matches("does not serve BuildKit").count();
+    while told(&said) < 2 {
+        let more = conn.some().expect("an answer to each call, and the connection stays");
+        assert!(!more.is_empty(), "it ended after {:?}", String::from_utf8_lossy(&said));
+        said.extend(more);
+    }
+    assert_eq!(fake.seen_with("POST /grpc").len(), 1, "it is asked once");
+    assert!(pool.metric("dindpool_errors_total{fault=\"daemon\"}") >= 1.0);
+}

@@ -120,7 +120,7 @@ fn observe(pool: &Pool, news: &[News], draining: bool) -> Observation {
         draining,
         pending: news.pending.clone(),
         faulty: news.problem.is_some(),
-        exposed: false,
+        removal: Default::default(),
         slots: None,
     };
     let problems = news.iter().filter_map(|news| news.problem.clone());
