@@ -1,11 +1,13 @@
 //! A real Kubernetes cluster of one node (tests/cluster), with images for daemons and clients in it.
 
+use std::ffi::OsStr;
 use std::fs::{self, File, TryLockError};
 use std::io::Write;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -173,13 +175,47 @@ impl Drop for Frozen {
     }
 }
 
+/// Where the pid of the API server is.
+const API_SERVER: &str = "/run/dindpool-cluster/pid/apiserver";
+
+fn api_server() -> Pid {
+    let pid = fs::read_to_string(API_SERVER).expect("its pid");
+    Pid::from_raw(pid.trim().parse().expect("a number"))
+}
+
 impl Cluster {
     /// Stops the API server, which all tests of this binary share.
     pub fn freeze(&self) -> Frozen {
-        let pid = fs::read_to_string("/run/dindpool-cluster/pid/apiserver").expect("its pid");
-        let pid = Pid::from_raw(pid.trim().parse().expect("a number"));
+        let pid = api_server();
         kill(pid, Signal::SIGSTOP).expect("SIGSTOP");
         Frozen(pid)
+    }
+
+    /// Kills the API server, which all tests of this binary share, and starts it again after `pause`.
+    pub fn restart_api_server(&self, pause: Duration) {
+        let pid = api_server();
+        let command = fs::read(format!("/proc/{pid}/cmdline")).expect("its command");
+        let words = command.split(|b| *b == 0).filter(|word| !word.is_empty());
+        let words: Vec<&OsStr> = words.map(OsStr::from_bytes).collect();
+        let exe = fs::read_link(format!("/proc/{pid}/exe")).expect("its program");
+        kill(pid, Signal::SIGKILL).expect("SIGKILL");
+        std::thread::sleep(pause); // How long it is away; nothing is waited for.
+        let log =
+            File::options().append(true).open(self.node.dir.path().join("log/apiserver")).expect("its log");
+        // Not a child that somebody has to wait for: `cluster down` finds it by its pid.
+        let started = Command::new("setsid")
+            .args(["--fork", "nsenter", "--net=/run/netns/dindpool-kube", "sh", "-c"])
+            .args([&format!("echo $$ >{API_SERVER}; exec \"$@\""), "sh"])
+            .arg(exe)
+            .args(&words[1..])
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().expect("dup"))
+            .stderr(log)
+            .status();
+        assert!(started.expect("setsid runs").success());
+        wait_until("the API server is back", secs(60), || {
+            self.try_kubectl(&["get", "--raw", "/readyz"]).status.success()
+        });
     }
 }
 

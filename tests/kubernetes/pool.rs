@@ -142,3 +142,23 @@ fn row_14_an_api_server_that_does_not_answer_is_not_noticed_by_builds_and_nothin
     drop(frozen);
     wait_until("the pool catches up", Duration::from_secs(90), || scaler(&pool, "replicas") == 0);
 }
+
+/// The watch breaks off, and then goes on where it was: nothing is listed anew by itself.
+#[test]
+fn row_15_an_api_server_that_was_away_is_followed_again() {
+    let _api = API.write();
+    let cluster = require!(Cluster::start());
+    cluster.apply(&cluster::dind("dind", 1));
+    cluster.wait_ready("app=dind", 1);
+    let pool = pool(&cluster, &[("--scaler", "off")]);
+    pool.wait_healthy(1, secs(30));
+    cluster.restart_api_server(secs(3));
+    assert_eq!(pool.healthy(), 1, "the last known pool serves");
+    cluster.kubectl(&["scale", "deployment", "dind", "--replicas=2"]);
+    let start = Instant::now();
+    pool.wait_healthy(2, secs(90));
+    say(format!("after the API server was away a new daemon was seen and ready in {:.1?}", start.elapsed()));
+    wait_until("nothing is the matter any more", secs(30), || {
+        pool.status()["problems"] == serde_json::json!([])
+    });
+}
