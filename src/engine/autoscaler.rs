@@ -8,7 +8,7 @@
 //!         cordon a victim with nothing on it → settle → still nothing → remove → see which one went
 //! ```
 //!
-//! What is not known changes nothing: without a fresh word of the provisioner nobody is cordoned or removed, and the
+//! What is not known takes nobody away: without a fresh word of the provisioner nobody is cordoned or removed, and the
 //! window begins anew.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -73,7 +73,7 @@ impl Default for Policy {
             settle: Time::from_secs(5),
             startup: Time::from_secs(120),
             slots: 1,
-            stale: Time::from_secs(30),
+            stale: Time::from_secs(15),
         }
     }
 }
@@ -376,15 +376,21 @@ impl Autoscaler {
             coming: blind || self.is_coming(view, &count),
             stuck: count.faults.clone(),
         };
-        let Some(replicas) = view.replicas.filter(|_| fresh) else {
-            self.window = Window::default();
-            self.victim = None;
+        let Some(replicas) = view.replicas else {
             decision.reason = Reason::Stale;
             return decision;
         };
-        self.window.push(now, need, self.policy.stabilisation);
+        if fresh {
+            self.window.push(now, need, self.policy.stabilisation);
+        } else {
+            // What was missed is not made up for.
+            self.window = Window::default();
+        }
         if count.have < need {
             self.grow(view, &count, need, replicas, &mut decision);
+        } else if !fresh {
+            self.victim = None;
+            decision.reason = Reason::Stale;
         } else if need < count.have + count.lame {
             self.shrink(view, &count, replicas, now, &mut decision);
         } else {

@@ -15,8 +15,8 @@ use crate::provision::{Change, DaemonSpec};
 
 /// Between two looks.
 const PERIOD: Duration = Duration::from_secs(1);
-/// How long the provisioner may take for one change.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// How long the provisioner may take for one change: meanwhile nobody is given back who is needed.
+const PATIENCE: Duration = Duration::from_secs(15);
 
 /// How many daemons there are to be, as the provisioner said last.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

@@ -200,7 +200,7 @@ impl Provisioner {
                     if done.is_closed() {
                         continue;
                     }
-                    let result = timeout(2 * PATIENCE, self.change(&step, &mut seen)).await;
+                    let result = timeout(PATIENCE, self.change(&step, &mut seen)).await;
                     let _ = done.send(result.unwrap_or_else(|_| {
                         // Nobody knows whether it was taken: who goes next is not held against it.
                         seen.victim = None;

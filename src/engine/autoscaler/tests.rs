@@ -254,6 +254,9 @@ fn row_18_stale_or_missing_data_never_scales_down() {
     let (mut scaler, pool) = idle();
     let stale = View { confirmed: Some(SECOND), ..view(0, pool.clone()) };
     assert_eq!(scaler.decide(&stale, 61 * SECOND).reason, Reason::Stale);
+    // More daemons harm nobody: the provisioner looks again before it makes them.
+    let more = View { waiting: 9, ..stale.clone() };
+    assert!(grown(&scaler.clone().decide(&more, 61 * SECOND)).is_some());
     assert_eq!(scaler.decide(&View { confirmed: None, ..stale }, 62 * SECOND).steps, []);
     // And what it missed is not made up for: the window begins anew.
     assert_eq!(scaler.decide(&view(0, pool.clone()), 63 * SECOND).reason, Reason::Stabilising);
