@@ -7,7 +7,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -191,15 +191,15 @@ impl Cluster {
         Frozen(pid)
     }
 
-    /// Kills the API server, which all tests of this binary share, and starts it again after `pause`.
-    pub fn restart_api_server(&self, pause: Duration) {
+    /// Kills the API server, which all tests of this binary share, and starts it again when `away` has returned.
+    pub fn restart_api_server(&self, away: impl FnOnce()) {
         let pid = api_server();
         let command = fs::read(format!("/proc/{pid}/cmdline")).expect("its command");
         let words = command.split(|b| *b == 0).filter(|word| !word.is_empty());
         let words: Vec<&OsStr> = words.map(OsStr::from_bytes).collect();
         let exe = fs::read_link(format!("/proc/{pid}/exe")).expect("its program");
         kill(pid, Signal::SIGKILL).expect("SIGKILL");
-        std::thread::sleep(pause); // How long it is away; nothing is waited for.
+        away();
         let log =
             File::options().append(true).open(self.node.dir.path().join("log/apiserver")).expect("its log");
         // Not a child that somebody has to wait for: `cluster down` finds it by its pid.

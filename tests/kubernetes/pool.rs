@@ -149,7 +149,11 @@ fn row_15_an_api_server_that_was_away_is_followed_again() {
     cluster.wait_ready("app=dind", 1);
     let pool = pool(&cluster, &[("--scaler", "off")]);
     pool.wait_healthy(1, secs(30));
-    cluster.restart_api_server(secs(3));
+    let noticed =
+        || pool.log().contains("watching the pods") && pool.status()["problems"] != serde_json::json!([]);
+    cluster.restart_api_server(|| {
+        wait_until("the proxy has noticed", secs(30), noticed);
+    });
     assert_eq!(pool.healthy(), 1, "the last known pool serves");
     cluster.kubectl(&["scale", "deployment", "dind", "--replicas=2"]);
     let start = Instant::now();
