@@ -298,11 +298,15 @@ impl Job {
         self.file("pid").trim().parse().ok().map(Pid::from_raw)
     }
 
-    /// Sends a signal to all processes of the job, as a terminal does.
+    /// Sends a signal to all processes of the job, as a terminal does. After SIGSTOP every thread of theirs has
+    /// stopped: the kernel lets one that runs on another processor go on for a moment.
     #[track_caller]
     pub fn signal(&self, signal: Signal) {
         let (group, _) = poll(secs(5), || self.group()).expect("the job has started");
         killpg(group, signal).expect("the job lives");
+        if signal == Signal::SIGSTOP {
+            super::wait_until("all of it has stopped", secs(5), || stands_still(group));
+        }
     }
 
     fn kill_if_running(&self) {
@@ -312,4 +316,21 @@ impl Job {
             let _ = killpg(group, Signal::SIGKILL);
         }
     }
+}
+
+/// Whether every thread of every process of a group is stopped, or has ended.
+fn stands_still(group: Pid) -> bool {
+    // proc(5): "pid (comm) state ppid pgrp …", and comm may have blanks and brackets.
+    let stat = |path: PathBuf| fs::read_to_string(path.join("stat")).unwrap_or_default();
+    let fields = |stat: String| {
+        let rest = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
+        rest.split_whitespace().map(str::to_owned).collect::<Vec<_>>()
+    };
+    let list = |path: PathBuf| fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path());
+    list("/proc".into())
+        .filter(|process| fields(stat(process.clone())).get(2) == Some(&group.to_string()))
+        .flat_map(|process| list(process.join("task")))
+        .all(|thread| {
+            fields(stat(thread)).first().is_none_or(|state| ["T", "t", "Z", "X"].contains(&state.as_str()))
+        })
 }
