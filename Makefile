@@ -62,13 +62,17 @@ fmt-check: ## fail where the source is not formatted
 .PHONY: lint
 lint: ## clippy on every target, and shellcheck if it is there; a warning is a fault
 	cargo clippy --locked --all-targets -- -D warnings
-	@if command -v shellcheck >/dev/null; then shellcheck scripts/up scripts/test scripts/soak .ci/run tests/parts/install \
+	@if command -v shellcheck >/dev/null; then shellcheck scripts/up scripts/test scripts/soak scripts/manifests .ci/run tests/parts/install \
 		tests/cluster/cluster tests/cluster/images; \
 	else echo "shellcheck is not installed: scripts were not checked (apt-get install shellcheck)"; fi
 
 .PHONY: doc
 doc: ## the library's documentation; a broken link is a fault
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --document-private-items
+
+.PHONY: manifests
+manifests: ## deploy/kubernetes/ from the chart in helm/
+	scripts/manifests
 
 .PHONY: deny
 deny: $(DENY) ## licences, bans and sources of all dependencies (deny.toml)

@@ -178,7 +178,7 @@ impl Admin {
             "/readyz" if self.drain.is_leaving() => {
                 reply(StatusCode::SERVICE_UNAVAILABLE, TEXT, "shutting down\n")
             }
-            "/readyz" if self.pool.is_ready() => reply(StatusCode::OK, TEXT, "ok\n"),
+            "/readyz" if self.pool.is_open() => reply(StatusCode::OK, TEXT, "ok\n"),
             "/readyz" => reply(StatusCode::SERVICE_UNAVAILABLE, TEXT, "no healthy daemon\n"),
             "/status" => match serde_json::to_string(&self.pool.status()) {
                 Ok(json) => reply(StatusCode::OK, JSON, json),

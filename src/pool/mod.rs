@@ -369,6 +369,13 @@ impl Pool {
         self.lock().engine.daemons().any(|d| d.takes_sessions())
     }
 
+    /// Whether clients are to be sent here. Where the number of daemons can be changed, also while none takes sessions:
+    /// who comes makes the pool grow from nothing, waits, or hears why nobody comes, and without him nobody would.
+    pub fn is_open(&self) -> bool {
+        let state = self.lock();
+        state.made.replicas.is_some() || state.engine.daemons().any(|d| d.takes_sessions())
+    }
+
     /// The pool now.
     pub fn status(&self) -> Status {
         let now = self.now();
@@ -890,6 +897,19 @@ mod tests {
         assert!(!running.is_finished());
         assert_eq!(ids(&pool), ["a"]);
         running.abort();
+        pool.stop();
+    }
+
+    #[tokio::test]
+    async fn clients_are_sent_to_a_pool_of_no_daemons_only_if_it_can_grow() {
+        let pool = pool();
+        assert!(!pool.is_open(), "nothing is known yet");
+        pool.observe(Observation::default());
+        assert!(!pool.is_open());
+        pool.observe(Observation { replicas: Some(0), ..Observation::default() });
+        assert!(pool.is_open() && !pool.is_ready());
+        pool.observe(Observation { blind: true, ..Observation::default() });
+        assert!(pool.is_open(), "the last known picture serves");
         pool.stop();
     }
 

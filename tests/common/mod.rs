@@ -10,6 +10,7 @@ pub mod cluster;
 pub mod daemon;
 pub mod dockerd;
 pub mod fake_daemon;
+pub mod helm;
 pub mod http;
 pub mod netns;
 pub mod parts;

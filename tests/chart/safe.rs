@@ -1,0 +1,155 @@
+//! What must hold of everything that is rendered, whatever the values.
+
+use serde_json::{Value, json};
+
+use crate::{needs, object, objects, read, require, sets, template};
+
+fn pod<'a>(objects: &'a [Value], component: &str) -> &'a Value {
+    &object(objects, "Deployment", component)["spec"]["template"]["spec"]
+}
+
+#[test]
+fn the_proxy_is_a_restricted_pod_and_a_daemon_has_no_token() {
+    require!(needs());
+    for set in sets() {
+        let objects = objects(set.as_deref());
+        let proxy = pod(&objects, "proxy");
+        let context = &proxy["securityContext"];
+        assert_eq!(context["runAsNonRoot"], true);
+        assert_eq!(context["seccompProfile"]["type"], "RuntimeDefault");
+        let container = &proxy["containers"][0]["securityContext"];
+        assert_eq!(container["readOnlyRootFilesystem"], true);
+        assert_eq!(container["allowPrivilegeEscalation"], false);
+        assert_eq!(container["capabilities"], json!({ "drop": ["ALL"] }));
+        for probe in ["livenessProbe", "readinessProbe"] {
+            let probe = &proxy["containers"][0][probe];
+            assert!(probe.is_null() || probe["httpGet"]["port"] == "admin", "{set:?}: {probe}");
+        }
+        assert_eq!(pod(&objects, "dind")["automountServiceAccountToken"], false);
+        let kinds: Vec<&str> = objects.iter().filter_map(|o| o["kind"].as_str()).collect();
+        for kind in ["ClusterRole", "ClusterRoleBinding", "Secret"] {
+            assert!(!kinds.contains(&kind), "{set:?} makes a {kind}");
+        }
+    }
+}
+
+#[test]
+fn each_daemon_has_a_volume_of_its_own() {
+    require!(needs());
+    for set in sets() {
+        let objects = objects(set.as_deref());
+        let dind = pod(&objects, "dind");
+        let mounts = dind["containers"][0]["volumeMounts"].as_array().unwrap();
+        let data: Vec<&Value> = mounts.iter().filter(|m| m["mountPath"] == "/var/lib/docker").collect();
+        assert_eq!(data.len(), 1);
+        let volumes = dind["volumes"].as_array().unwrap();
+        let volume = volumes.iter().find(|v| v["name"] == data[0]["name"]).unwrap();
+        let own = volume["emptyDir"]["sizeLimit"].is_string() || volume["ephemeral"].is_object();
+        assert!(own, "{set:?}: {volume}");
+        assert!(volumes.iter().all(|v| v["hostPath"].is_null()));
+        let args = dind["containers"][0]["args"].as_array().unwrap();
+        assert!(args.contains(&json!("--tls=false")), "dockerd would wait 15 s: {args:?}");
+    }
+}
+
+/// The rights in a document: its only block of YAML that begins with `rules:`.
+fn documented() -> Value {
+    let document = read("docs/kubernetes.md");
+    let block = document.split("```yaml\nrules:").nth(1).expect("rules").split("```").next().unwrap();
+    crate::helm::documents(&format!("rules:{block}")).unwrap().remove(0)["rules"].clone()
+}
+
+#[test]
+fn the_rights_are_those_that_are_documented() {
+    require!(needs());
+    let objects = objects(None);
+    let mut rules = object(&objects, "Role", "proxy")["rules"].clone();
+    rules[0]["resourceNames"] = json!(["dind"]);
+    assert_eq!(rules, documented());
+    let bound = &object(&objects, "RoleBinding", "proxy")["subjects"][0]["name"];
+    assert_eq!(bound, &pod(&objects, "proxy")["serviceAccountName"]);
+    // Who only looks may only look.
+    let yaml = template(&["--set", "scaler.enabled=false"]).unwrap();
+    let objects = crate::helm::documents(&yaml).unwrap();
+    assert_eq!(object(&objects, "Role", "proxy")["rules"][0]["verbs"], json!(["get"]));
+}
+
+/// Whether labels have all that a selector wants.
+fn selects(selector: &Value, labels: &Value) -> bool {
+    selector.as_object().is_some_and(|all| all.iter().all(|(name, value)| labels[name] == *value))
+}
+
+#[test]
+fn selectors_select_their_pods_and_no_others() {
+    require!(needs());
+    for set in sets() {
+        let objects = objects(set.as_deref());
+        let labels =
+            |component| &object(&objects, "Deployment", component)["spec"]["template"]["metadata"]["labels"];
+        let of = |component: &str| if component == "dind" { "dind" } else { "proxy" };
+        let mut seen = 0;
+        for o in &objects {
+            let spec = &o["spec"];
+            let selector = match o["kind"].as_str().unwrap() {
+                "Service" => &spec["selector"],
+                "NetworkPolicy" => &spec["podSelector"]["matchLabels"],
+                "Deployment" | "PodDisruptionBudget" | "PodMonitor" => &spec["selector"]["matchLabels"],
+                "ServiceMonitor" => {
+                    let service = object(&objects, "Service", "admin");
+                    assert!(selects(&spec["selector"]["matchLabels"], &service["metadata"]["labels"]));
+                    continue;
+                }
+                _ => continue,
+            };
+            seen += 1;
+            let component = of(o["metadata"]["labels"]["app.kubernetes.io/component"].as_str().unwrap());
+            let other = if component == "dind" { "proxy" } else { "dind" };
+            assert!(selects(selector, labels(component)), "{set:?}: {o}");
+            assert!(!selects(selector, labels(other)), "{set:?}: {o}");
+        }
+        assert!(seen >= 4);
+    }
+}
+
+#[test]
+fn only_the_proxy_reaches_the_daemons_and_who_is_named_the_admin_port() {
+    require!(needs());
+    let sets = sets();
+    let everything = sets.iter().flatten().find(|path| path.ends_with("everything.yaml")).unwrap();
+    for (set, clients, admin) in [(None, 0, 1), (Some(everything.as_path()), 1, 2)] {
+        let objects = objects(set);
+        let policy = &object(&objects, "NetworkPolicy", "dind")["spec"];
+        assert_eq!(policy["policyTypes"][0], "Ingress");
+        let from = policy["ingress"][0]["from"].as_array().unwrap();
+        assert_eq!(from.len(), 1);
+        let proxy = &object(&objects, "Deployment", "proxy")["spec"]["selector"]["matchLabels"];
+        assert_eq!(&from[0], &json!({ "podSelector": { "matchLabels": proxy } }));
+        assert_eq!(policy["ingress"][0]["ports"], json!([{ "port": "docker", "protocol": "TCP" }]));
+
+        let rules = object(&objects, "NetworkPolicy", "proxy")["spec"]["ingress"].as_array().unwrap().clone();
+        let who = |rule: &Value| rule["from"].as_array().map_or(0, Vec::len);
+        assert_eq!((who(&rules[0]), who(&rules[1])), (clients, admin));
+        assert_eq!(rules[1]["ports"], json!([{ "port": "admin", "protocol": "TCP" }]));
+        assert_eq!(rules[1]["from"][0], json!({ "podSelector": {} }));
+    }
+}
+
+/// A chart with another number changes the proxy, and must not end the builds of the daemons.
+#[test]
+fn another_version_of_the_chart_does_not_replace_the_daemons() {
+    require!(needs());
+    let dir = tempfile::tempdir().unwrap();
+    let chart = dir.path().join("dindpool");
+    let copied = std::process::Command::new("cp").args(["-a"]).arg(crate::helm::chart()).arg(&chart).status();
+    assert!(copied.unwrap().success());
+    let about = read("helm/dindpool/Chart.yaml").replace("0.1.0", "0.2.0");
+    std::fs::write(chart.join("Chart.yaml"), about).unwrap();
+    let home = tempfile::tempdir().unwrap();
+    let mut helm = require!(crate::helm::command(home.path()));
+    let output = helm.args(["template", "ci", "--namespace", "ci"]).arg(&chart).output().unwrap();
+    let next = crate::helm::documents(&crate::helm::said(output).unwrap()).unwrap();
+    let now = objects(None);
+    let template = |objects: &[Value], component| object(objects, "Deployment", component)["spec"].clone();
+    assert_eq!(template(&now, "dind"), template(&next, "dind"));
+    assert_ne!(template(&now, "proxy"), template(&next, "proxy"), "its image is another one");
+}
