@@ -1,6 +1,8 @@
 # dindpool's recipes. `make` alone lists them. CI runs the very same ones.
 #
-# ARGS=…   further arguments: of `dindpool up` (make up), of the side-by-side benches (make bench)
+# ARGS=…   further arguments: of `dindpool up` (make up), of the side-by-side benches (make bench), of `docker build`
+#          (make image)
+# IMAGE=dindpool:0.1.0, BINARY=target/release/dindpool, RUST_IMAGE=…, PUSH=1   make image: scripts/image tells them
 # ONCE=1   make up: stop after the demonstration
 # FUZZ_SECONDS=60, FUZZ_TARGETS=…   make fuzz: how long for each target, and which ones
 # CI=true  make test: a skipped test is a failed run, and what is built is kept outside the clone
@@ -62,13 +64,17 @@ fmt-check: ## fail where the source is not formatted
 .PHONY: lint
 lint: ## clippy on every target, and shellcheck if it is there; a warning is a fault
 	cargo clippy --locked --all-targets -- -D warnings
-	@if command -v shellcheck >/dev/null; then shellcheck scripts/up scripts/test scripts/soak scripts/manifests .ci/run tests/parts/install \
+	@if command -v shellcheck >/dev/null; then shellcheck scripts/up scripts/test scripts/soak scripts/manifests scripts/image deploy/rootfs .ci/run tests/parts/install \
 		tests/cluster/cluster tests/cluster/images; \
 	else echo "shellcheck is not installed: scripts were not checked (apt-get install shellcheck)"; fi
 
 .PHONY: doc
 doc: ## the library's documentation; a broken link is a fault
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --document-private-items
+
+.PHONY: image
+image: ## dindpool's image, from source or around BINARY=FILE (IMAGE=…, PUSH=1, RUST_IMAGE=…)
+	@IMAGE='$(IMAGE)' BINARY='$(BINARY)' PUSH='$(PUSH)' RUST_IMAGE='$(RUST_IMAGE)' scripts/image $(ARGS)
 
 .PHONY: manifests
 manifests: ## deploy/kubernetes/ from the chart in helm/
