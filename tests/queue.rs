@@ -316,7 +316,7 @@ fn eight_clients(lab: &Lab) {
         let homes: Vec<_> = terminals.iter().filter(|(d, _)| d.has_image(&build.image)).collect();
         assert_eq!(homes.len(), 1, "{} was built once", build.image);
         let (daemon, terminal) = homes[0];
-        let text = terminal.ok(&format!("docker run --rm --network none {} cat /t", build.image));
+        let text = terminal.ok(&format!("says docker run --rm --network none {} cat /t", build.image));
         let times: Vec<f64> = text.lines().map(|l| l.split(' ').next().unwrap().parse().unwrap()).collect();
         let (begin, end) = (times[0], times[1]);
         spans.push(Span { tenant: *tenant, daemon: daemon.id.clone(), flavour: flavour.name, begin, end });
@@ -495,7 +495,7 @@ fn other_work(lab: &Lab, flavour: Flavour) {
         (format!("docker pull {busybox}"), true),
         (format!("docker load -i {tar}"), true),
         ("docker create --network none base:1 true".to_string(), false),
-        ("docker run --rm --network none base:1 echo ran".to_string(), false),
+        ("says docker run --rm --network none base:1 echo ran".to_string(), false),
     ];
     for (command, told) in jobs {
         let t = full.terminal(flavour);
@@ -512,7 +512,8 @@ fn other_work(lab: &Lab, flavour: Flavour) {
         }
         let out = job.wait(secs(60));
         seen(&command, &out);
-        assert_eq!((out.code, out.stderr.as_str()), (0, ""), "{command}: {}", out.all());
+        let errors: Vec<&str> = out.stderr.lines().filter(|line| !line.starts_with("AGAIN")).collect();
+        assert!(out.code == 0 && errors.is_empty(), "{command}: {}", out.all());
         if !told {
             assert_eq!(out.stdout.lines().count(), 1, "{command}: {}", out.stdout);
             full.daemon.containers().iter().filter(|c| c["Command"] == "true").for_each(|c| {
@@ -653,7 +654,7 @@ fn queue_full(lab: &Lab) {
     let mine = &full.holder.session;
     mine.context("ctx", APP);
     mine.ok("docker build --network none -t mine ctx");
-    assert_eq!(mine.ok("docker run --rm --network none base:1 echo mine"), "mine\n");
+    assert_eq!(mine.ok("says docker run --rm --network none base:1 echo mine"), "mine\n");
     assert_eq!(tickets(&full.pool).len(), 1, "the one that waited still does");
     full.holder.release();
     waiting.job.wait_ok(secs(60));

@@ -97,6 +97,7 @@ fn inside_a_container(pool: &Pool, daemon: &Daemon, bridge: &Bridge, host: &str,
     let mark = unique();
     let parent = Session::new(&pool.host(), client::CLI_28);
     parent.write("Dockerfile", format!("FROM base:1\nRUN echo {mark} >/mark\n"));
+    parent.write("says", client::SAYS);
     parent.write(
         "story",
         format!(
@@ -105,7 +106,7 @@ fn inside_a_container(pool: &Pool, daemon: &Daemon, bridge: &Bridge, host: &str,
              for kit in 0 1; do\n\
              export DOCKER_BUILDKIT=$kit\n\
              docker build --no-cache --network none -t inside{kit}:{mark} .\n\
-             docker run --rm --network none inside{kit}:{mark} cat /mark\n\
+             sh says docker run --rm --network none inside{kit}:{mark} cat /mark\n\
              done >built\n\
              docker run -d --name left-{mark} --network none base:1 sleep 600 >left\n\
              touch done\n\
@@ -245,7 +246,7 @@ fn one_agent(lab: &Lab) {
                  docker build -q --no-cache --network none --build-arg MARK={mark} -t {tag} ctx >/dev/null || exit 1\n\
                  docker run -d --name held{mark} --network none {tag} sleep 600 >/dev/null || exit 5\n\
                  touch built-{n}\n{before}\
-                 docker run --rm --network none {tag} || exit 2\n\
+                 says docker run --rm --network none {tag} || exit 2\n\
                  docker image inspect -f '{{{{.Config.Labels.mark}}}}' {tag} || exit 3\n\
                  docker rm -f held{mark} >/dev/null && docker rmi {tag} >/dev/null || exit 4\n",
                 kit = n % 2,
@@ -267,7 +268,7 @@ fn one_agent(lab: &Lab) {
     let (first, second) = (ci_job(&one, &unique()), ci_job(&one, &unique()));
     first.ok(&format!("docker build -q --network none --build-arg MARK=first -t {tag} ctx"));
     second.ok(&format!("docker build -q --network none --build-arg MARK=second -t {tag} ctx"));
-    assert_eq!(first.ok(&format!("docker run --rm --network none {tag}")), "second\n");
+    assert_eq!(first.ok(&format!("says docker run --rm --network none {tag}")), "second\n");
     second.ok(&format!("docker rmi {tag}"));
 }
 
@@ -338,7 +339,8 @@ fn behind_nat(lab: &Lab) {
             job.context("ctx", APP);
             let run = job.start(&format!(
                 "docker build -q --network none --build-arg MARK={mark} -t nat{mark} ctx >/dev/null &&\n\
-                 docker run --name nat{mark} --network none nat{mark}"
+                 docker run --name nat{mark} --network none nat{mark} true &&\n\
+                 says docker run --rm --network none nat{mark}"
             ));
             (job, run, mark)
         })
@@ -423,7 +425,8 @@ fn reused_address(lab: &Lab) {
         let script = format!(
             "docker version && docker info && docker ps && docker images || exit 1\n\
              docker build --network none --build-arg MARK={mark} -t pod{mark} ctx || exit 2\n\
-             docker run --name pod{mark} --network none pod{mark} >ran || exit 3"
+             docker run --name pod{mark} --network none pod{mark} true || exit 3\n\
+             says docker run --rm --network none pod{mark} >ran || exit 4"
         );
         let out = pod.run(&script);
         assert_eq!(out.code, 0, "{}", out.all());

@@ -28,9 +28,8 @@ impl<'a> Scenarios<'a> {
     }
 
     /// Lets so many of them be tried a second time, each said loudly (`AGAIN`). For long lists of real clients on
-    /// a machine that is short of processors: dockerd answers an attach with its 101 before it listens to the
-    /// container, and a container that is over by then has said nothing (`docker run` ends with 0 and prints
-    /// nothing; seen once in some three thousand).
+    /// a machine that is short of processors, where dockerd loses what a short container has written
+    /// ([`super::client::SAYS`]).
     pub fn second_tries(self, n: usize) -> Self {
         Scenarios { again: AtomicUsize::new(n), ..self }
     }

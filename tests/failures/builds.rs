@@ -137,7 +137,10 @@ pub fn works(pool: &Pool, flavour: Flavour) {
     let (t, mark) = (Session::new(&pool.host(), flavour), unique());
     t.context("ctx", "FROM scratch\nADD rootfs.tar /\nARG MARK\nRUN echo $MARK >/mark\n");
     t.ok(&format!("docker build -q --network none --build-arg MARK={mark} -t works:{mark} ctx"));
-    assert_eq!(t.ok(&format!("docker run --rm --network none works:{mark} cat /mark")), format!("{mark}\n"));
+    assert_eq!(
+        t.ok(&format!("says docker run --rm --network none works:{mark} cat /mark")),
+        format!("{mark}\n")
+    );
 }
 
 #[test]

@@ -316,7 +316,7 @@ fn row_24_nine_thousand_held_streams_leave_health_admin_and_builds_as_they_were(
     let t = Session::new(&pool.host(), client::CLI_28);
     t.context("ctx", "FROM scratch\nADD rootfs.tar /\nRUN echo built >/mark\n");
     t.ok("docker build -q --no-cache --network none -t held ctx");
-    assert_eq!(t.ok("docker run --rm --network none held cat /mark"), "built\n");
+    assert_eq!(t.ok("says docker run --rm --network none held cat /mark"), "built\n");
     // The debug build's checks may make it late for a probe; it must find its daemons well all the same.
     if debug {
         pool.wait_healthy(2, secs(30));

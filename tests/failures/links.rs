@@ -133,7 +133,7 @@ fn row_11_a_build_a_save_and_a_load_complete_over_a_slow_link_that_loses_a_tenth
             say(format!("          row 11: {who}: {what}: {:?}", start.elapsed()));
         };
         let name = format!("lossy{}", unique());
-        let sum = "docker run --rm --network none NAME sha256sum /blob | cut -d' ' -f1 | grep -qf - sum";
+        let sum = "says docker run --rm --network none NAME sha256sum /blob | cut -d' ' -f1 | grep -qf - sum";
         let sum = sum.replace("NAME", &name);
         timed("build", &format!("docker build -q --network none -t {name} ctx"));
         timed("run", &sum);

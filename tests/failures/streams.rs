@@ -117,7 +117,11 @@ fn row_23_streams_that_say_nothing_for_longer_than_every_deadline_are_not_cut() 
         processes(mark).into_iter().for_each(|pid| kill(Pid::from_raw(pid), Signal::SIGTERM).unwrap());
         let out = job.wait(secs(60));
         assert_eq!(out.code, 0, "{what}: {}", out.all());
-        assert_eq!(t.ok(&format!("docker run --rm --network none {tag} cat /mark")), "built\n", "{what}");
+        assert_eq!(
+            t.ok(&format!("says docker run --rm --network none {tag} cat /mark")),
+            "built\n",
+            "{what}"
+        );
     }
     say(format!("          row 23: seven streams said nothing for {:?}", begun.elapsed()));
 }
@@ -142,7 +146,7 @@ fn row_28_a_giant_upload_to_a_stopped_daemon_costs_no_memory_and_goes_on_with_it
     let load = "exec docker load -i saved.tar";
     t.ok(&format!("docker save -o saved.tar big{image} && docker rmi -f big{image}"));
     stopped_in_mid_upload(&pool, &daemon, root.path(), &t, "a load", load);
-    let seen = t.ok(&format!("docker run --rm --network none big{image} md5sum /big"));
+    let seen = t.ok(&format!("says docker run --rm --network none big{image} md5sum /big"));
     assert_eq!(seen.split(' ').next(), Some(sum.trim()), "it came whole, through both");
 }
 
