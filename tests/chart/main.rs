@@ -11,6 +11,7 @@ use serde_json::Value;
 
 #[path = "../common/mod.rs"]
 mod common;
+mod examples;
 mod safe;
 mod true_to;
 mod values;

@@ -65,7 +65,10 @@ fn the_rights_are_those_that_are_documented() {
     let objects = objects(None);
     let mut rules = object(&objects, "Role", "proxy")["rules"].clone();
     rules[0]["resourceNames"] = json!(["dind"]);
-    assert_eq!(rules, documented());
+    // Leases are for several proxies.
+    let documented = documented().as_array().unwrap().clone();
+    let one = documented.into_iter().filter(|rule| rule["apiGroups"][0] != "coordination.k8s.io");
+    assert_eq!(rules, Value::from_iter(one));
     let bound = &object(&objects, "RoleBinding", "proxy")["subjects"][0]["name"];
     assert_eq!(bound, &pod(&objects, "proxy")["serviceAccountName"]);
     // Who only looks may only look.

@@ -21,6 +21,8 @@ pub const DIND: &str = "localhost/dind:28.5";
 pub const DOCKER_CLI: &str = "localhost/docker-cli:28";
 /// An image to build on.
 pub const BUSYBOX: &str = "localhost/busybox:1";
+/// A registry without TLS on port 5000, whose archive a test loads itself: `registry.tar` of [`images`].
+pub const REGISTRY: &str = "localhost/registry:2";
 /// The host's address, as pods and the node reach it.
 pub const HOST: &str = "10.98.0.1";
 
@@ -96,6 +98,12 @@ impl Cluster {
         let mut kubectl = kubectl.spawn().expect("kubectl runs");
         kubectl.stdin.take().expect("a pipe").write_all(yaml.as_bytes()).expect("kubectl reads");
         printed(&args, &kubectl.wait_with_output().expect("kubectl ends"));
+    }
+
+    /// Brings images to the node.
+    #[track_caller]
+    pub fn load(&self, archives: &[PathBuf]) {
+        self.node.cluster("load", archives);
     }
 
     /// The pods that a label selector selects and that nobody has deleted, by name.
@@ -284,6 +292,28 @@ spec:
     )
 }
 
+/// Where the archives of the images are.
+pub fn images() -> PathBuf {
+    parts::dir().join("images")
+}
+
+/// Makes an image of dindpool around the binary of this test, as deploy/Dockerfile.binary does.
+#[track_caller]
+pub fn dindpool_image(name: &str, archive: &Path) {
+    let dir = short_dir();
+    let (root, tar) = (dir.path().join("root"), dir.path().join("root.tar"));
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let run = |command: &mut Command| {
+        let out = command.output().expect("it runs");
+        assert!(out.status.success(), "{command:?}: {}", String::from_utf8_lossy(&out.stderr));
+    };
+    let binary = std::env::var_os("DINDPOOL_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_dindpool").into());
+    run(Command::new(here.join("deploy/rootfs")).arg(binary).arg(&root));
+    run(Command::new("tar").arg("-C").arg(&root).arg("-cf").arg(&tar).arg("."));
+    let config = r#"{"Entrypoint": ["dindpool"], "Env": ["PATH=/usr/local/bin"], "User": "65532:65532"}"#;
+    run(Command::new(here.join("tests/cluster/image")).arg(archive).arg(name).arg(&tar).arg(config));
+}
+
 /// The running cluster. Its addresses are there once on a machine, so it has a lock for as long as it lives.
 struct Node {
     dir: tempfile::TempDir,
@@ -298,9 +328,11 @@ impl Node {
             "docker-28.5/bin/dockerd",
             "cli-28/docker",
             "buildx-0.29/docker-buildx",
+            "compose-2.26/docker-compose",
+            "registry/docker-registry",
         ])?;
-        let images = parts::dir().join("images");
         script("images", &[]);
+        let images = images();
         let node = Node { _lock: lock(), dir: short_dir() };
         let start = Instant::now();
         node.cluster("up", &[]);
