@@ -39,17 +39,30 @@ impl Release<'_> {
         let ours = format!(
             "image.repository=localhost/dindpool,image.tag=test,\
              dind.image.repository=localhost/dind,dind.image.tag=28.5,\
-             test.image.repository=localhost/docker-cli,test.image.tag=28,\
+             test.image.repository=localhost/docker-cli,\
              dind.insecureRegistries={{{}}},\
              dind.resources.requests.cpu=50m,dind.resources.requests.memory=64Mi,\
              proxy.resources.requests.cpu=50m,proxy.resources.requests.memory=32Mi,\
              scaler.min=0,scaler.max=2,scaler.stabilisation=5s,dind.terminationGracePeriodSeconds=60,\
-             config.session_grace=2s,config.slot_linger=1s,config.image_hold=1s,config.shutdown_delay=1s",
+             config.session_grace=15s,config.slot_linger=1s,config.image_hold=15s,config.shutdown_delay=1s",
             self.registry()
         );
         let chart = helm::chart();
         let chart = chart.to_str().unwrap();
-        self.helm(&[action, "dindpool", chart, "--set", &ours, "--set", set, "--wait", "--timeout", "3m"])
+        self.helm(&[
+            action,
+            "dindpool",
+            chart,
+            "--set",
+            &ours,
+            "--set",
+            set,
+            "--set-string",
+            "test.image.tag=28",
+            "--wait",
+            "--timeout",
+            "3m",
+        ])
     }
 
     fn registry(&self) -> String {
@@ -242,7 +255,9 @@ fn upgrades(release: &Release<'_>) {
         echo finished";
     release.client("during", Some(&release.host()), script);
     wait_until("its build has begun", secs(120), || {
-        release.cluster.kubectl(&["logs", "during"]).contains("step 2")
+        // There is no log before there is a container.
+        let log = release.cluster.try_kubectl(&["logs", "during"]).stdout;
+        String::from_utf8_lossy(&log).contains("step 2")
     });
     let daemons = release.cluster.pods("app.kubernetes.io/component=dind");
     assert_eq!((release.replicas().as_str(), daemons.len()), ("1", 1));
@@ -258,4 +273,22 @@ fn upgrades(release: &Release<'_>) {
     });
     release.helm(&["rollback", "dindpool", "1", "--wait", "--timeout", "3m"]);
     empties(release);
+}
+
+/// Nothing is made of them here but their namespace: their image is one that somebody has still to push.
+#[test]
+fn a_real_api_server_takes_the_plain_manifests_and_the_example_of_an_hpa() {
+    let _api = API.read();
+    let cluster = require!(Cluster::start());
+    let file = |path: &str| format!("{}/deploy/{path}", env!("CARGO_MANIFEST_DIR"));
+    cluster.kubectl(&["apply", "-f", &file("kubernetes/00-namespace.yaml")]);
+    let taken = |path: &str| {
+        // As the server would keep them, with every unknown field a fault.
+        let words = ["apply", "--dry-run=server", "--validate=strict", "-f", &file(path)];
+        cluster.kubectl(&words).lines().filter(|line| line.ends_with("created (server dry run)")).count()
+    };
+    let manifests = taken("kubernetes/");
+    assert!(manifests >= 12, "{manifests} were taken");
+    assert_eq!(taken("examples/hpa.yaml"), 1);
+    cluster.kubectl(&["delete", "namespace", "dindpool", "--wait=false"]);
 }
