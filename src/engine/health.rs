@@ -236,17 +236,22 @@ impl Daemon {
         let taken = u64::from(self.taken());
         let capacity = u64::from(self.capacity().max(1));
         let vitals = &self.vitals;
-        let late = vitals.failing.as_ref().map(|f| f.late);
-        let grave = late == Some(false)
-            || vitals.suspicion == Suspicion::Grave
-            || (vitals.suspicion == Suspicion::Mild && vitals.under_way);
-        let mild = vitals.slow || late == Some(true) || vitals.suspicion == Suspicion::Mild;
-        let against = match (grave, mild) {
+        let late = vitals.failing.as_ref().is_some_and(|f| f.late);
+        let mild = vitals.slow || late || vitals.suspicion == Suspicion::Mild;
+        let against = match (self.is_doubted(), mild) {
             (true, _) => 8 * capacity,
             (false, true) => (2 * capacity).min((4 * capacity.saturating_sub(taken)).saturating_sub(1)),
             (false, false) => 0,
         };
         4 * taken + against
+    }
+
+    /// Whether there is a grave reason against it.
+    pub(super) fn is_doubted(&self) -> bool {
+        let vitals = &self.vitals;
+        vitals.failing.as_ref().is_some_and(|f| !f.late)
+            || vitals.suspicion == Suspicion::Grave
+            || (vitals.suspicion == Suspicion::Mild && vitals.under_way)
     }
 
     /// How long it must be well before it comes back; zero unless it is out.
@@ -403,9 +408,12 @@ impl Engine {
             d.vitals.asked = true;
             (Suspicion::Mild, (GAP * (1 << d.vitals.innocent.min(3))).min(MAX_GAP))
         };
+        let doubted = d.is_doubted();
         let at = d.vitals.ended.map_or(now, |ended| now.max(ended + gap));
         // An error that a user makes again and again is no reason to keep others away between two probes.
         d.vitals.suspicion = d.vitals.suspicion.max(if at > now { Suspicion::Mild } else { suspicion });
+        // Where there is a grave reason against all, another one's free slot is as good as any.
+        self.queue.changed |= d.is_doubted() != doubted;
         self.probe_deeply_at(daemon, at, now);
     }
 
@@ -433,7 +441,9 @@ impl Engine {
         let Some(d) = self.daemons.get_mut(daemon) else { return };
         d.vitals.due = None;
         if d.state == State::Ready && !matches!(d.vitals.cause, Some(Cause::Refused | Cause::Silent)) {
+            let doubted = d.is_doubted();
             d.vitals.under_way = true;
+            self.queue.changed |= d.is_doubted() != doubted;
             self.effects.push(Effect::ProbeDeeply { daemon: daemon.clone() });
         } else {
             // One that does not answer would not answer this either.

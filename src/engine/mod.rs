@@ -258,6 +258,9 @@ impl Engine {
         let mut keys: Vec<SessionKey> = self.sessions.keys().cloned().collect();
         keys.sort_unstable();
         keys.iter().for_each(|key| self.settle(key, now));
+        if self.config.queue_limit == 0 {
+            self.dissolve_queue(now);
+        }
     }
 
     /// When [`Event::Tick`] is due next.

@@ -7,6 +7,7 @@ use super::balancer;
 use super::images::Found;
 use super::model::*;
 use super::session::Session;
+use super::warm::undoubted;
 use super::{Daemon, Engine};
 
 /// The decision about one request.
@@ -280,7 +281,7 @@ impl Engine {
             return if binds { Placement::Bind(former) } else { Placement::Any(former) };
         }
         if binds && let Some(project) = &requirements.project {
-            return match self.done_first(acquire, project, &able) {
+            return match self.done_first(acquire, project, &undoubted(able)) {
                 Some(daemon) => Placement::Bind(daemon),
                 None => Placement::Refuse(self.why_nobody(api)),
             };
@@ -319,10 +320,10 @@ impl Engine {
         self.home(sibling).cloned()
     }
 
-    /// The daemon that the session was bound to last, while it has a free slot.
+    /// The daemon that the session was bound to last, while it has a free slot and no grave reason against it.
     fn former(&self, acquire: &Acquire) -> Option<&Daemon> {
         let home = self.sessions.get(&acquire.key)?.home.as_ref()?;
-        self.daemons.get(&home.daemon).filter(|d| d.has_room())
+        self.daemons.get(&home.daemon).filter(|d| d.has_room() && !d.is_doubted())
     }
 
     /// The sentence that says what was tried.

@@ -12,8 +12,8 @@ use std::collections::{BTreeMap, VecDeque};
 
 use super::model::*;
 use super::placement::{Placement, able};
-use super::warm::Preferences;
-use super::{Daemon, Engine, Timer};
+use super::warm::{Preferences, undoubted};
+use super::{Engine, Timer};
 
 /// How many bound tickets of a tenant are served in a row while an unbound one waits.
 const STREAK: u32 = 2;
@@ -442,6 +442,18 @@ impl Engine {
         }
     }
 
+    /// There is no queue any more: who waits goes where a newcomer would. Behind it those would share the daemons that
+    /// it waits for, and leave it there to the end of its longest wait.
+    pub(super) fn dissolve_queue(&mut self, now: Time) {
+        for request in self.queue.order() {
+            let Some(ticket) = self.queue.tickets.get(&request) else { continue };
+            let acquire = ticket.acquire.clone();
+            let bound = self.home_of(&acquire).is_some();
+            let placement = self.place(&acquire);
+            self.serve(request, bound, placement, now);
+        }
+    }
+
     fn admit_one(&mut self, now: Time) -> bool {
         let room = self.any_room();
         // What exists on one daemon only goes there also while it takes no new sessions.
@@ -499,8 +511,8 @@ impl Engine {
             for request in cold.into_iter().take(WINDOW) {
                 let Some(ticket) = self.queue.tickets.get(&request) else { continue };
                 let Some(project) = &ticket.acquire.requirements.project else { continue };
-                let free: Vec<&Daemon> =
-                    able(&self.daemons, &ticket.acquire).into_iter().filter(|d| d.has_room()).collect();
+                let mut free = undoubted(able(&self.daemons, &ticket.acquire));
+                free.retain(|d| d.has_room());
                 if let Some(daemon) = self.done_first(&ticket.acquire, project, &free) {
                     self.serve(request, false, Placement::Bind(daemon), now);
                     return true;
@@ -670,6 +682,17 @@ mod tests {
         pool.end(y);
         assert_eq!(pool.granted[&z].1, pool.granted[&y].1);
         assert_eq!(pool.engine.position(z), None);
+    }
+
+    #[test]
+    fn without_a_queue_from_now_on_nobody_waits_any_longer() {
+        let mut pool = Pool::of(&["a"], config());
+        let first = pool.build("t", "x");
+        let build = pool.ask("t", "y", Class::Work(Work::BuildKit), Some("uuid"));
+        let session = pool.ask("t", "y", Class::Join, Some("uuid"));
+        assert!(!pool.waits(first) && pool.waits(build) && pool.waits(session));
+        pool.tell(Event::Configured(Box::new(Config { queue_limit: 0, ..config() })));
+        assert!(pool.granted.contains_key(&build) && pool.granted.contains_key(&session));
     }
 
     #[test]
@@ -983,6 +1006,48 @@ mod tests {
         assert!(pool.waits(third));
         pool.pass(config().warm_wait);
         assert_ne!(pool.granted[&third].1, warm, "its patience is over");
+    }
+
+    #[test]
+    fn no_cache_no_memory_and_no_patience_leads_a_build_to_a_daemon_that_cannot_write() {
+        let mut pool = Pool::of(&["a", "b", "c"], Config { linger: Time::ZERO, ..config() });
+        let builds: Vec<RequestId> =
+            (0..3).map(|i| project(&mut pool, &i.to_string(), &format!("{i}"))).collect();
+        let on = |pool: &Pool, daemon: &str| {
+            let there = |b: &&RequestId| pool.granted[b].1 == daemon.into();
+            builds.iter().position(|b| there(&b)).expect("one on each")
+        };
+        // One is ejected for it, and the other not, because too few would be left.
+        for daemon in ["a", "b"] {
+            let result = DeepProbe::Failed("no space left on device".into());
+            pool.tell(Event::Wrote { daemon: daemon.into(), result });
+        }
+        pool.end(builds[on(&pool, "b")]);
+        let plain = pool.build("t", "plain");
+        pool.pass(config().grace);
+        let former = pool.build("t", &on(&pool, "b").to_string());
+        let (cached, cold) = (on(&pool, "b").to_string(), on(&pool, "c").to_string());
+        let (cached, cold) = (project(&mut pool, "3", &cached), project(&mut pool, "4", &cold));
+        pool.pass(config().warm_wait);
+        let all = [plain, former, cached, cold];
+        assert!(all.iter().all(|b| pool.waits(*b)), "one slot is free, on b");
+        pool.tell(Event::Wrote { daemon: "b".into(), result: DeepProbe::Wrote });
+        assert_eq!(pool.granted[&plain].1, "b".into());
+    }
+
+    #[test]
+    fn where_all_daemons_err_who_waits_for_a_better_one_takes_the_free_slot() {
+        let mut pool = Pool::of(&["a", "b"], Config { linger: Time::ZERO, ..config() });
+        pool.pass(Time::from_secs(60));
+        let (first, second) = (pool.build("t", "1"), pool.build("t", "2"));
+        let third = pool.build("u", "3");
+        pool.pass(config().linger);
+        pool.tell(Event::Release { open: pool.granted[&first].0, outcome: Outcome::Erred });
+        assert!(pool.waits(third), "its slot is free, but it errs");
+        let pull = pool.ask("t", "2", Class::Work(Work::Pull), None);
+        pool.tell(Event::Release { open: pool.granted[&pull].0, outcome: Outcome::Erred });
+        assert_eq!(pool.granted[&third].1, pool.granted[&first].1);
+        assert!(!pool.waits(second));
     }
 
     #[test]

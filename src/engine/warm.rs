@@ -122,8 +122,16 @@ impl Preferences {
     }
 }
 
+/// Those with no grave reason against them, or all if there is one against each. However long the wait for one of
+/// them is, it helps; a cache on another does not.
+pub(super) fn undoubted(able: Vec<&Daemon>) -> Vec<&Daemon> {
+    let well: Vec<&Daemon> = able.iter().copied().filter(|d| !d.is_doubted()).collect();
+    if well.is_empty() { able } else { well }
+}
+
 impl Engine {
-    /// The daemon, among `able`, on which a build of the project is done first.
+    /// The daemon, among `able`, on which a build of the project is done first. Those that [`undoubted`] leaves out are
+    /// not among them: what fails at once is done first.
     pub(super) fn done_first(
         &self,
         acquire: &Acquire,
