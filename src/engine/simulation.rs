@@ -1,12 +1,14 @@
 //! A seeded simulation of churn. Daemons come, go, are replaced and fail their probes; clients of several
-//! tenants and kinds start, progress and vanish at any moment; what is learned arrives late, twice and out of
-//! order. After every event a shadow model that shares no code with the engine checks it.
+//! tenants and kinds start, progress and vanish at any moment; containers run that nobody of the pool made; daemons
+//! are cordoned and drained, limits change; what is learned arrives late, twice and out of order. After every event a
+//! shadow model that shares no code with the engine checks it.
 //!
 //! A failing seed is printed with the way to replay it. `DINDPOOL_SEEDS` sets how many are tried,
 //! `DINDPOOL_SEED` runs one of them and prints its events. The same simulations take their choices from the bytes
 //! of a fuzzer (`crate::fuzzing`), which looks for orders of events that a seed does not find.
 
 mod choices;
+mod ledger;
 mod queue;
 mod shadow;
 
@@ -37,6 +39,7 @@ const CLIENTS: [(&str, &str, &[&str]); 9] = [
 ];
 const IMAGES: [&str; 5] = ["alpine", "app", "app:2", "base", "localhost:5000/app"];
 const NAMES: [&str; 3] = ["db", "web", "app_default"];
+const PROJECTS: [&str; 2] = ["shop", "wiki"];
 
 /// A container as it really is.
 #[derive(Debug, Clone)]
@@ -45,6 +48,8 @@ struct Real {
     id: String,
     name: Option<String>,
     running: bool,
+    /// Its compose project.
+    project: Option<&'static str>,
 }
 
 struct Simulation {
@@ -145,10 +150,12 @@ impl Simulation {
             }
             20..45 => self.client_asks(),
             45..63 => self.grant_progresses(),
-            63..75 => self.container_changes(),
-            75..90 => self.news_arrives(),
-            90..94 => self.daemon_is_listed(),
-            _ => self.pool_changes(),
+            63..72 => self.container_changes(),
+            72..75 => self.stranger_starts(),
+            75..88 => self.news_arrives(),
+            88..92 => self.daemon_is_listed(),
+            92..98 => self.pool_changes(),
+            _ => self.operator_acts(),
         }
     }
 
@@ -281,11 +288,13 @@ impl Simulation {
             }
         }
         if self.chance(60) {
-            let outcome = match self.below(10) {
+            let outcome = match self.below(12) {
                 0 => Outcome::ClientGone,
                 1 => Outcome::DaemonFailed,
                 2 => Outcome::Aborted,
                 3 if !learned => Outcome::Unreached,
+                4 => Outcome::Erred,
+                5 => Outcome::Failed,
                 _ => Outcome::Done,
             };
             self.tell(Event::Release { open, outcome });
@@ -333,7 +342,28 @@ impl Simulation {
             self.hears(daemon, None, fact.clone());
         }
         self.hears(daemon, Some(open), fact);
-        self.containers.push(Real { daemon: daemon.clone(), id, name, running: false });
+        self.containers.push(Real { daemon: daemon.clone(), id, name, running: false, project: None });
+    }
+
+    /// Somebody works on a daemon directly, or a restart policy does: a container runs that no request made. Of its
+    /// start, its making and its project any may be told first, late, or only by a list.
+    fn stranger_starts(&mut self) {
+        let daemons: Vec<DaemonId> = self.daemons.keys().cloned().collect();
+        let Some(daemon) = self.pick(&daemons) else { return };
+        self.ids += 1;
+        let id = format!("{:08x}", self.ids * 0x0101_0101);
+        let project = if self.chance(60) { self.pick(&PROJECTS) } else { None };
+        if self.chance(50) {
+            self.hears(&daemon, None, Fact::Created { kind: Kind::Container, id: id.clone(), name: None });
+        }
+        if let Some(project) = project.filter(|_| self.chance(70)) {
+            let (id, project) = (id.clone(), project.to_string());
+            self.hears(&daemon, None, Fact::Labelled { kind: Kind::Container, id, project });
+        }
+        if self.chance(80) {
+            self.hears(&daemon, None, Fact::Started { id: id.clone() });
+        }
+        self.containers.push(Real { daemon, id, name: None, running: true, project });
     }
 
     fn container_changes(&mut self) {
@@ -380,7 +410,10 @@ impl Simulation {
             names: c.name.iter().cloned().collect(),
             running: c.running,
         };
-        let containers = self.containers.iter().filter(|c| c.daemon == daemon).map(listed).collect();
+        let there = || self.containers.iter().filter(|c| c.daemon == daemon);
+        let containers = there().map(listed).collect();
+        let projects = there().filter_map(|c| Some((Kind::Container, c.id.clone(), c.project?.to_string())));
+        let projects = projects.collect();
         let images: Vec<ListedImage> = (0..self.below(4))
             .map(|_| ListedImage {
                 id: format!("sha256:{:04x}", self.below(8)),
@@ -389,13 +422,15 @@ impl Simulation {
             })
             .collect();
         let began = self.now;
-        let event = if self.chance(50) {
+        let event = if self.chance(20) {
+            Event::Containers { daemon, began, containers, projects }
+        } else if self.chance(50) {
             // The shadow follows networks and volumes by their facts: a list tells nothing new of them.
             let (networks, volumes) = self.known(&daemon);
             Event::Inventory {
                 daemon,
                 began,
-                inventory: Inventory { containers, networks, volumes, images, projects: Vec::new() },
+                inventory: Inventory { containers, networks, volumes, images, projects },
             }
         } else {
             Event::Images { daemon, began, images }
@@ -456,6 +491,39 @@ impl Simulation {
             }
             (_, Some(daemon)) => self.answers(daemon),
         }
+    }
+
+    /// Cordon, drain, and the configuration read again.
+    fn operator_acts(&mut self) {
+        let daemons: Vec<DaemonId> = self.daemons.keys().cloned().collect();
+        let Some(daemon) = self.pick(&daemons) else { return };
+        let by = if self.chance(50) { CordonedBy::Operator } else { CordonedBy::Scaler };
+        match self.below(8) {
+            0 | 1 => self.tell(Event::Cordon { daemon, by }),
+            2 | 3 => self.tell(Event::Uncordon { daemon, by }),
+            4 | 5 => {
+                let wait = [0, 5, 400][self.below(3)];
+                let deadline = self.now + Time::from_secs(wait);
+                self.tell(Event::Drain { daemon, deadline })
+            }
+            6 => {
+                let slots = Some(1 + self.below(4) as u32);
+                self.daemons.get_mut(&daemon).expect("one of them").slots = slots;
+                self.observe();
+                Vec::new()
+            }
+            _ => {
+                let config = Config {
+                    grace: Time::from_secs([20, 300, 900][self.below(3)]),
+                    linger: Time::from_secs([0, 10, 60][self.below(3)]),
+                    unstarted: Time::from_secs([10, 60][self.below(2)]),
+                    deep_probe_interval: Time::from_secs([0, 60, 3 * 3600][self.below(3)]),
+                    ..self.engine.config.clone()
+                };
+                self.tell(Event::Configured(Box::new(config)))
+            }
+        };
+        self.pass(Time::ZERO);
     }
 
     fn answers(&mut self, daemon: DaemonId) {

@@ -1,25 +1,27 @@
-//! The queue under churn: builds of several tenants and sessions ask, end, give up; daemons fail, come back, grow,
-//! drain. What must hold is written here from the rules' words (docs/queueing.md), without a look at the queue:
-//! no slot twice, no ticket lost, nobody overtaken within a session, tenants in turns, no free slot beside somebody
-//! who could use it.
+//! The queue under churn: builds and containers of several tenants and sessions ask, end, give up; strangers run beside
+//! them; daemons fail, err, come back, grow, are cordoned and drained, go; limits change while tickets wait. What must
+//! hold after each event is in [`super::ledger`].
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::super::model::*;
 use super::super::{Config, Engine};
 use super::choices::Choices;
+use super::ledger::{Asked, Before, Ledger};
 
 const STEPS: u64 = 300;
 const TENANTS: [&str; 3] = ["red", "green", "blue"];
+const PROJECTS: [&str; 2] = ["shop", "wiki"];
+/// Daemons there may be.
+const DAEMONS: u64 = 5;
 
-/// A build as its client knows it.
+/// A container that nobody of the pool made, as it really is.
 #[derive(Debug, Clone)]
-struct Build {
-    tenant: &'static str,
-    key: SessionKey,
-    project: bool,
-    asked: u64,
-    since: Time,
+struct Stranger {
+    id: String,
+    daemon: DaemonId,
+    project: Option<&'static str>,
+    running: bool,
 }
 
 struct Simulation {
@@ -28,39 +30,43 @@ struct Simulation {
     now: Time,
     trace: bool,
     requests: u64,
+    ids: u64,
     observed: BTreeMap<DaemonId, Observed>,
-    waiting: BTreeMap<RequestId, Build>,
-    running: BTreeMap<OpenId, (Build, DaemonId)>,
-    /// For each tenant that waits with a build that any slot would do for: how often each other one was served since.
-    passed: BTreeMap<&'static str, BTreeMap<&'static str, u32>>,
-    abandoned: BTreeSet<RequestId>,
+    strangers: Vec<Stranger>,
+    /// Deep probes that are under way.
+    probes: Vec<DaemonId>,
+    ledger: Ledger,
 }
 
 pub(super) fn run(mut choices: Choices, seed: u64, trace: bool) {
+    let crowded = choices.below(8) == 0;
     let config = Config {
         linger: Time::from_secs(choices.below(2) * 10),
-        queue_limit: 5 + choices.below(60) as usize,
-        tenant_waiting: (choices.below(3) == 0).then_some(4),
+        queue_limit: if crowded { 150 } else { 5 + choices.below(60) as usize },
+        tenant_waiting: (!crowded && choices.below(3) == 0).then_some(4),
         tenant_slots: (choices.below(3) == 0).then_some(2),
         max_wait: Time::from_secs(600 + choices.below(3600)),
         warm_wait: Time::from_secs(choices.below(90)),
-        deep_probe_interval: Time::ZERO,
+        deep_probe_interval: Time::from_secs([0, 60, 3600][choices.below(3) as usize]),
         ..Config::default()
     };
     let mut simulation = Simulation {
-        engine: Engine::new(config, seed),
+        engine: Engine::new(config.clone(), seed),
         choices,
         now: Time::from_secs(1),
         trace,
         requests: 0,
+        ids: 0,
         observed: BTreeMap::new(),
-        waiting: BTreeMap::new(),
-        running: BTreeMap::new(),
-        passed: BTreeMap::new(),
-        abandoned: BTreeSet::new(),
+        strangers: Vec::new(),
+        probes: Vec::new(),
+        ledger: Ledger::new(config),
     };
     for daemon in 0..1 + simulation.below(4) {
         simulation.join(daemon);
+    }
+    if crowded {
+        simulation.crowd();
     }
     for _ in 0..simulation.below(STEPS) {
         if simulation.choices.is_over() {
@@ -74,6 +80,14 @@ pub(super) fn run(mut choices: Choices, seed: u64, trace: bool) {
 impl Simulation {
     fn below(&mut self, n: u64) -> u64 {
         self.choices.below(n)
+    }
+
+    fn chance(&mut self, percent: u64) -> bool {
+        self.below(100) < percent
+    }
+
+    fn pick<T: Clone>(&mut self, from: &[T]) -> Option<T> {
+        if from.is_empty() { None } else { Some(from[self.below(from.len() as u64) as usize].clone()) }
     }
 
     fn join(&mut self, daemon: u64) {
@@ -96,73 +110,135 @@ impl Simulation {
     }
 
     fn any_daemon(&mut self) -> Option<DaemonId> {
-        let n = self.observed.len() as u64;
-        (n > 0).then(|| self.observed.keys().nth(self.choices.below(n) as usize).cloned()).flatten()
+        let daemons: Vec<DaemonId> = self.observed.keys().cloned().collect();
+        self.pick(&daemons)
     }
 
     fn step(&mut self) {
+        if !self.probes.is_empty() && self.chance(50) {
+            self.writes();
+        }
         match self.below(100) {
-            0..45 => self.ask(),
-            45..70 => self.finish(),
-            70..78 => self.give_up(),
-            78..90 => {
+            0..40 => self.ask(),
+            40..62 => self.finish(),
+            62..68 => self.give_up(),
+            68..79 => {
                 let seconds = [1, 5, 20, 400][self.choices.below(4) as usize];
-                self.pass(seconds);
+                self.pass(Time::from_secs(seconds));
             }
-            90..93 => {
+            79..84 => self.session_runs(),
+            84..89 => self.stranger(),
+            89..91 => {
                 if let Some(daemon) = self.any_daemon() {
                     let probe = Probe::Refused("connection refused".into());
                     self.tell(Event::Probed { daemon, probe });
                 }
             }
-            93..96 => self.all_answer(),
-            96 => {
-                let daemon = self.below(5);
+            91..93 => self.all_answer(),
+            93..96 => self.pool_changes(),
+            _ => self.operator_acts(),
+        }
+    }
+
+    fn pool_changes(&mut self) {
+        let Some(daemon) = self.any_daemon() else { return self.join(0) };
+        match self.below(5) {
+            0 => {
+                let daemon = self.below(DAEMONS);
                 self.join(daemon);
             }
-            97 => {
-                if let Some(daemon) = self.any_daemon() {
-                    let slots = Some(1 + self.below(4) as u32);
-                    if let Some(o) = self.observed.get_mut(&daemon) {
-                        (o.slots, o.draining) = (slots, false);
-                    }
-                    self.observe();
+            1 => {
+                let slots = Some(1 + self.below(4) as u32);
+                if let Some(o) = self.observed.get_mut(&daemon) {
+                    (o.slots, o.draining) = (slots, false);
                 }
+                self.observe();
             }
-            98 => {
-                if let Some(daemon) = self.any_daemon() {
-                    self.observed.get_mut(&daemon).expect("it is there").draining = true;
-                    self.observe();
-                }
+            2 => {
+                self.observed.get_mut(&daemon).expect("it is there").draining = true;
+                self.observe();
             }
-            _ => {
-                if let Some(daemon) = self.any_daemon().filter(|_| self.observed.len() > 1) {
-                    self.observed.remove(&daemon);
-                    // Its builds end by themselves; a daemon of that name is another one.
-                    let lost = self.running.values_mut().filter(|(_, d)| *d == daemon);
-                    lost.for_each(|(_, d)| *d = "gone".into());
-                    self.observe();
-                }
+            3 => {
+                // Its builds end by themselves; a daemon of that name is another one.
+                self.strangers.retain(|s| s.daemon != daemon);
+                self.tell(Event::Replaced { daemon });
             }
+            _ if self.observed.len() > 1 => {
+                self.observed.remove(&daemon);
+                self.strangers.retain(|s| s.daemon != daemon);
+                self.observe();
+            }
+            _ => {}
+        }
+    }
+
+    /// Cordon, drain, and the configuration read again.
+    fn operator_acts(&mut self) {
+        let Some(daemon) = self.any_daemon() else { return };
+        let by = if self.chance(70) { CordonedBy::Operator } else { CordonedBy::Scaler };
+        match self.below(9) {
+            0 => self.tell(Event::Cordon { daemon, by }),
+            1 | 2 => self.tell(Event::Uncordon { daemon, by }),
+            3..6 => {
+                let deadline = self.now + Time::from_secs([0, 30, 3600][self.choices.below(3) as usize]);
+                self.tell(Event::Drain { daemon, deadline });
+                self.pass(Time::ZERO);
+            }
+            _ => self.configure(),
+        }
+    }
+
+    fn configure(&mut self) {
+        let before = self.ledger.config.clone();
+        let config = Config {
+            grace: Time::from_secs([20, 300][self.choices.below(2) as usize]),
+            linger: Time::from_secs(self.below(2) * 10),
+            queue_limit: [0, 5, 150][self.choices.below(3) as usize],
+            tenant_waiting: (self.below(3) == 0).then_some(4),
+            tenant_slots: (self.below(2) == 0).then_some(1 + self.choices.below(2) as u32),
+            max_wait: Time::from_secs(60 + self.below(256) * 16),
+            warm_wait: Time::from_secs(self.below(90)),
+            deep_probe_interval: Time::from_secs([0, 60][self.choices.below(2) as usize]),
+            ..before
+        };
+        self.tell(Event::Configured(Box::new(config)));
+        self.pass(Time::ZERO); // A shorter grace may be over already.
+    }
+
+    /// More come at once than are looked at for one slot, most of them for one tenant and with caches to wait for.
+    fn crowd(&mut self) {
+        for _ in 0..70 + self.below(40) {
+            let tenant = if self.chance(90) { TENANTS[0] } else { TENANTS[1] };
+            let project = self.chance(90).then(|| format!("{tenant}/{}", self.choices.below(3)).into());
+            let session = 1000 + self.requests;
+            self.asks(tenant, session, Work::Build, project);
         }
     }
 
     fn ask(&mut self) {
-        self.requests += 1;
-        let request = RequestId(self.requests);
         let tenant = TENANTS[self.below(3) as usize];
         // Half of them come again and again, the others once.
-        let session = if self.below(2) == 0 { self.below(4) } else { 100 + self.requests };
+        let session = if self.below(2) == 0 { self.below(4) } else { 1000 + self.requests };
+        let work = if self.chance(15) { Work::Container } else { Work::Build };
+        let project = (work == Work::Build && self.below(3) == 0)
+            .then(|| format!("{tenant}/{}", self.choices.below(5)).into());
+        self.asks(tenant, session, work, project);
+    }
+
+    fn asks(&mut self, tenant: &'static str, session: u64, work: Work, project: Option<ProjectKey>) {
         let key = SessionKey::from(format!("{tenant}/name:{session}"));
-        let project = (self.below(3) == 0).then(|| format!("{tenant}/{}", self.choices.below(5)).into());
-        let build = Build {
+        self.requests += 1;
+        let request = RequestId(self.requests);
+        let config = &self.ledger.config;
+        let asked = Asked {
             tenant,
             key: key.clone(),
-            project: project.is_some(),
-            asked: self.requests,
-            since: self.now,
+            session,
+            work,
+            cold: project.is_some().then_some(self.now + config.warm_wait),
+            until: self.now + config.max_wait,
         };
-        self.waiting.insert(request, build);
+        self.ledger.waiting.insert(request, asked);
         self.tell(Event::Acquire(Acquire {
             request,
             key,
@@ -170,7 +246,7 @@ impl Simulation {
             source: None,
             inside: None,
             shares_names: false,
-            class: Class::Work(Work::Build),
+            class: Class::Work(work),
             target: None,
             requirements: Requirements { project, ..Requirements::default() },
             deadline: None,
@@ -178,38 +254,142 @@ impl Simulation {
     }
 
     fn finish(&mut self) {
-        let n = self.running.len() as u64;
-        if n > 0 {
-            let at = self.below(n) as usize;
-            let open = *self.running.keys().nth(at).expect("it runs");
-            self.running.remove(&open);
-            let outcome = [Outcome::Done, Outcome::ClientGone, Outcome::DaemonFailed][self.below(3) as usize];
-            self.tell(Event::Release { open, outcome });
+        let opens: Vec<OpenId> = self.ledger.running.keys().copied().collect();
+        let Some(open) = self.pick(&opens) else { return };
+        let running = self.ledger.running[&open].clone();
+        let outcome = match self.below(8) {
+            0 => Outcome::ClientGone,
+            1 => Outcome::DaemonFailed,
+            2 => Outcome::Failed,
+            3 => Outcome::Erred,
+            4 if running.fresh => Outcome::Unreached,
+            _ => Outcome::Done,
+        };
+        self.tell(Event::Release { open, outcome });
+        if outcome == Outcome::Unreached {
+            // As the shell does, it is tried elsewhere.
+            let Asked { tenant, session, work, .. } = running.asked;
+            self.asks(tenant, session, work, None);
         }
     }
 
     fn give_up(&mut self) {
-        let n = self.waiting.len() as u64;
-        if n > 0 {
-            let at = self.below(n) as usize;
-            let request = *self.waiting.keys().nth(at).expect("it waits");
-            self.waiting.remove(&request);
-            self.abandoned.insert(request);
+        let waiting: Vec<RequestId> = self.ledger.waiting.keys().copied().collect();
+        if let Some(request) = self.pick(&waiting) {
+            self.ledger.waiting.remove(&request);
+            self.ledger.abandoned.insert(request);
             self.tell(Event::Abandon(request));
         }
+    }
+
+    /// A session makes, starts, stops or removes a container.
+    fn session_runs(&mut self) {
+        let ids: Vec<String> = self.ledger.containers.keys().cloned().collect();
+        if let Some(id) = self.pick(&ids).filter(|_| self.choices.below(3) > 0) {
+            let daemon = self.ledger.containers[&id].daemon.clone();
+            let fact = match self.below(4) {
+                0 => Fact::Started { id },
+                1 | 2 => Fact::Stopped { id },
+                _ => Fact::Removed { kind: Kind::Container, id },
+            };
+            self.tell(Event::Learned { daemon, open: None, fact });
+            return;
+        }
+        let there = |(open, r): (&OpenId, &super::ledger::Running)| Some((*open, r.daemon.clone()?));
+        let opens: Vec<(OpenId, DaemonId)> = self.ledger.running.iter().filter_map(there).collect();
+        let Some((open, daemon)) = self.pick(&opens) else { return };
+        self.ids += 1;
+        let id = format!("c{}", self.ids);
+        let fact = Fact::Created { kind: Kind::Container, id: id.clone(), name: None };
+        self.tell(Event::Learned { daemon: daemon.clone(), open: Some(open), fact });
+        if self.chance(80) {
+            self.tell(Event::Learned { daemon, open: None, fact: Fact::Started { id } });
+        }
+    }
+
+    /// Somebody works on a daemon directly; events tell it, or the next list does.
+    fn stranger(&mut self) {
+        let Some(daemon) = self.any_daemon() else { return };
+        match self.below(4) {
+            0 | 1 => {
+                self.ids += 1;
+                let id = format!("s{}", self.ids);
+                let project = if self.chance(60) { self.pick(&PROJECTS) } else { None };
+                self.strangers.push(Stranger {
+                    id: id.clone(),
+                    daemon: daemon.clone(),
+                    project,
+                    running: true,
+                });
+                if self.chance(30) {
+                    return; // The event is lost.
+                }
+                let learned = |fact| Event::Learned { daemon: daemon.clone(), open: None, fact };
+                self.tell(learned(Fact::Started { id: id.clone() }));
+                if let Some(project) = project.filter(|_| self.chance(70)) {
+                    let kind = Kind::Container;
+                    self.tell(learned(Fact::Labelled { kind, id, project: project.into() }));
+                }
+            }
+            2 if !self.strangers.is_empty() => {
+                let i = self.below(self.strangers.len() as u64) as usize;
+                let Stranger { id, daemon, .. } = self.strangers[i].clone();
+                let fact = if self.chance(50) {
+                    self.strangers[i].running = false;
+                    Fact::Stopped { id }
+                } else {
+                    self.strangers.remove(i);
+                    Fact::Removed { kind: Kind::Container, id }
+                };
+                if self.chance(70) {
+                    self.tell(Event::Learned { daemon, open: None, fact });
+                }
+            }
+            _ => self.lists(daemon),
+        }
+    }
+
+    /// The containers of a daemon, listed again.
+    fn lists(&mut self, daemon: DaemonId) {
+        self.pass(Time::from_millis(1)); // What was learned before is older than the list.
+        let there = || self.strangers.iter().filter(|s| s.daemon == daemon);
+        let mut containers: Vec<ListedContainer> = there()
+            .map(|s| ListedContainer { id: s.id.clone(), names: Vec::new(), running: s.running })
+            .collect();
+        let projects = there().filter_map(|s| Some((Kind::Container, s.id.clone(), s.project?.to_string())));
+        let projects = projects.collect();
+        let own = self.ledger.containers.iter().filter(|(_, c)| c.daemon == daemon);
+        containers.extend(own.map(|(id, c)| ListedContainer {
+            id: id.clone(),
+            names: Vec::new(),
+            running: c.live && c.until.is_none(),
+        }));
+        self.tell(Event::Containers { daemon, began: self.now, containers, projects });
+    }
+
+    /// A deep probe ends.
+    fn writes(&mut self) {
+        let daemon = self.probes.swap_remove(self.choices.below(self.probes.len() as u64) as usize);
+        let result = match self.below(6) {
+            0 => DeepProbe::Failed("no space left on device".into()),
+            1 => DeepProbe::Slow("no answer within 10 s".into()),
+            2 => DeepProbe::Unreached,
+            _ => DeepProbe::Wrote,
+        };
+        self.tell(Event::Wrote { daemon, result });
     }
 
     fn all_answer(&mut self) {
         for daemon in self.observed.keys().cloned().collect::<Vec<_>>() {
             for _ in 0..3 {
                 self.answers(&daemon);
-                self.pass(1);
+                self.pass(Time::from_secs(1));
             }
         }
     }
 
-    fn pass(&mut self, seconds: u64) {
-        let until = self.now + Time::from_secs(seconds);
+    fn pass(&mut self, by: Time) {
+        let until = self.now + by;
         while let Some(at) = self.engine.next_tick().filter(|at| *at <= until) {
             self.now = self.now.max(at);
             self.tell(Event::Tick);
@@ -223,118 +403,56 @@ impl Simulation {
         if self.trace {
             println!("{:?} {event:?}", self.now);
         }
-        let before: BTreeMap<DaemonId, u32> = self.engine.daemons().map(|d| (d.id.clone(), d.used)).collect();
-        let held = TENANTS.map(|tenant| self.held(tenant));
-        let keys = self.waiting.values().map(|b| b.key.clone());
-        // A session that belongs to a daemon is served there out of its tenant's turn with the others.
-        let mut bound: BTreeSet<SessionKey> = keys.filter(|k| self.engine.home(k).is_some()).collect();
-        let effects = self.engine.handle(event, self.now);
-        for effect in effects {
-            if self.trace {
-                println!("    {effect:?}");
-            }
-            match effect {
-                Effect::Granted { request, open, daemon, .. } => {
-                    self.granted(request, open, &daemon, &mut bound)
-                }
-                Effect::Refused { request, .. } => {
-                    assert!(!self.abandoned.contains(&request), "an answer to nobody");
-                    assert!(self.waiting.remove(&request).is_some(), "{request:?} was answered twice");
-                }
-                _ => {}
+        let mut before = Before::of(&self.engine);
+        self.ledger.hear(&event, self.now);
+        before.bound = self.ledger.bound_of_waiting();
+        let effects = self.engine.handle(event.clone(), self.now);
+        if self.trace {
+            effects.iter().for_each(|effect| println!("    {effect:?}"));
+        }
+        for effect in &effects {
+            if let Effect::ProbeDeeply { daemon } = effect {
+                self.probes.push(daemon.clone());
             }
         }
-        for d in self.engine.daemons() {
-            // One that has shrunk keeps what runs there.
-            let most = d.slots.max(before.get(&d.id).copied().unwrap_or(0));
-            assert!(d.used <= most, "{}: {} of {} slots are in use", d.id, d.used, d.slots);
-        }
-        for (tenant, held) in TENANTS.into_iter().zip(held) {
-            let most = self.engine.config.tenant_slots.unwrap_or(u32::MAX).max(held);
-            assert!(self.held(tenant) <= most, "{tenant} holds {} slots of {most}", self.held(tenant));
-        }
-        self.check();
+        self.ledger.follow(&event, &effects, before, &self.engine, self.now);
     }
 
-    fn granted(
-        &mut self,
-        request: RequestId,
-        open: OpenId,
-        daemon: &DaemonId,
-        bound: &mut BTreeSet<SessionKey>,
-    ) {
-        assert!(!self.abandoned.contains(&request), "{request:?} had left, and was started");
-        let build = self.waiting.remove(&request).expect("answered twice");
-        let earlier = self.waiting.values().find(|b| b.key == build.key && b.asked < build.asked);
-        assert!(earlier.is_none(), "{build:?} overtook {earlier:?} of its own session");
-        // Every tenant that could have had this slot has been passed once more by this one.
-        self.passed.remove(build.tenant);
-        for (tenant, by) in &mut self.passed {
-            let n = by.entry(build.tenant).or_default();
-            *n += u32::from(!bound.contains(&build.key));
-            assert!(*n <= 1, "{} was served {n} times while {tenant} waited", build.tenant);
-        }
-        bound.insert(build.key.clone());
-        self.running.insert(open, (build, daemon.clone()));
-    }
-
-    /// Whether this ticket could be served by any slot: it belongs nowhere, waits for no cache any more, is the first
-    /// of its session, and its tenant is below its limit.
-    fn is_free(&self, build: &Build) -> bool {
-        let first = self.waiting.values().all(|b| b.key != build.key || b.asked >= build.asked);
-        let patient = build.project && self.now < build.since + self.engine.config.warm_wait;
-        first && !patient && self.engine.home(&build.key).is_none() && !self.is_at_limit(build.tenant)
-    }
-
-    fn held(&self, tenant: &str) -> u32 {
-        self.engine.sessions().filter(|(_, s)| s.tenant.as_str() == tenant).map(|(_, s)| s.slots).sum()
-    }
-
-    fn is_at_limit(&self, tenant: &str) -> bool {
-        self.engine.config.tenant_slots.is_some_and(|limit| self.held(tenant) >= limit)
-    }
-
-    fn check(&mut self) {
-        // Who builds holds a slot.
-        let mut builds: BTreeMap<&DaemonId, u32> = BTreeMap::new();
-        self.running.values().for_each(|(_, daemon)| *builds.entry(daemon).or_default() += 1);
-        for d in self.engine.daemons() {
-            let n = builds.get(&d.id).copied().unwrap_or(0);
-            assert!(d.used >= n, "{}: {n} builds in {} slots", d.id, d.used);
-        }
-        let engine_waits: BTreeSet<RequestId> = self.engine.tickets().iter().map(|t| t.0).collect();
-        let waits: BTreeSet<RequestId> = self.waiting.keys().copied().collect();
-        assert_eq!(engine_waits, waits, "tickets of the engine, and clients that wait");
-        // No free slot beside somebody who could use it.
-        let room = self.engine.daemons().any(|d| d.takes_sessions() && d.has_room());
-        let free: Vec<&Build> = self.waiting.values().filter(|b| self.is_free(b)).collect();
-        assert!(!room || free.is_empty(), "a slot is free, and {free:?} wait");
-        // A build that has lost its patience with a warm daemon takes what nobody else wants: that is no turn.
-        let tenants: BTreeSet<&'static str> = free.iter().filter(|b| !b.project).map(|b| b.tenant).collect();
-        self.passed.retain(|tenant, _| tenants.contains(tenant));
-        for tenant in tenants {
-            self.passed.entry(tenant).or_default();
-        }
-    }
-
-    /// Daemons get well, builds end, and everybody has had an answer.
+    /// Daemons get well, work ends, and everybody has had an answer. Strangers stay: one slot is always the pool's.
     fn end(&mut self) {
         self.observed.values_mut().for_each(|o| o.draining = false);
         self.observe();
+        for daemon in self.observed.keys().cloned().collect::<Vec<_>>() {
+            self.tell(Event::Uncordon { daemon, by: CordonedBy::Operator });
+        }
         for _ in 0..200 {
+            for daemon in std::mem::take(&mut self.probes) {
+                self.tell(Event::Wrote { daemon, result: DeepProbe::Wrote });
+            }
             self.all_answer();
-            for open in self.running.keys().copied().collect::<Vec<_>>() {
-                self.running.remove(&open);
+            for open in self.ledger.running.keys().copied().collect::<Vec<_>>() {
                 self.tell(Event::Release { open, outcome: Outcome::Done });
             }
-            self.pass(60);
-            if self.waiting.is_empty() && self.running.is_empty() {
+            for (id, container) in self.ledger.containers.clone() {
+                let fact = Fact::Removed { kind: Kind::Container, id };
+                self.tell(Event::Learned { daemon: container.daemon, open: None, fact });
+            }
+            self.pass(Time::from_secs(60));
+            if self.ledger.waiting.is_empty() && self.ledger.running.is_empty() {
                 break;
             }
         }
-        assert!(self.waiting.is_empty(), "{:?} were never answered", self.waiting);
-        self.pass(24 * 3600);
+        assert!(self.ledger.waiting.is_empty(), "{:?} were never answered", self.ledger.waiting);
+        for daemon in std::mem::take(&mut self.probes) {
+            self.tell(Event::Wrote { daemon, result: DeepProbe::Wrote });
+        }
+        // Nothing is left to happen but deep probes, of which there is no end.
+        let config = Config { deep_probe_interval: Time::ZERO, ..self.ledger.config.clone() };
+        self.tell(Event::Configured(Box::new(config)));
+        self.pass(Time::from_secs(24 * 3600));
         assert!(self.engine.daemons().all(|d| d.used == 0), "slots that nobody holds");
+        let daemons: BTreeSet<DaemonId> = self.engine.daemons().map(|d| d.id.clone()).collect();
+        assert!(daemons.into_iter().eq(self.observed.keys().cloned()));
     }
 }
 

@@ -36,8 +36,10 @@ impl Granted {
 struct Lease {
     id: LeaseId,
     daemon: DaemonId,
-    /// Until when it had work, and whether it still has; `None` if it never did.
-    worked: Option<(Time, bool)>,
+    /// Whether it has work.
+    works: bool,
+    /// Until when it keeps its slot after its last work.
+    lingers: Time,
     /// Until when anything of it was open or running, and whether it still is.
     active: (Time, bool),
     /// The same, counting also what its client opened before the session was bound, or elsewhere: that need
@@ -55,6 +57,15 @@ struct Container {
     /// Until when it counts without having been started.
     until: Option<Time>,
     learned: Time,
+    project: Option<String>,
+    /// It is a stranger that counts: it runs, no session made it, and since it began nobody built beside it.
+    counts: bool,
+}
+
+impl Container {
+    fn is_stranger(&self) -> bool {
+        self.live && self.owner.is_none() && self.tenant.is_none()
+    }
 }
 
 #[derive(Debug, Clone, Default)]
@@ -70,11 +81,14 @@ struct Member {
     writes: bool,
     /// The same, and it has answered ever since.
     passive: bool,
+    cordon: Option<CordonedBy>,
+    /// The deadline of its drain, while that waits.
+    drain: Option<Time>,
 }
 
 impl Member {
     fn takes_sessions(&self) -> bool {
-        self.ready && !self.ejected && !self.draining
+        self.ready && !self.ejected && !self.draining && self.cordon.is_none()
     }
 }
 
@@ -128,7 +142,13 @@ impl Shadow {
         if let Event::Acquire(acquire) = event {
             self.acquired(acquire, effects, now);
         }
+        self.count_strangers(engine);
+        self.drains(event, effects, now);
         self.check(engine, now);
+        let may_end = !matches!(event, Event::Configured(_)); // A shorter grace is seen to at the next tick.
+        for (key, lease) in self.leases.iter().filter(|_| may_end) {
+            assert!(now < lease.latest.0 + self.config.grace, "the lease of {key} should have ended");
+        }
     }
 
     /// What the event itself says. Returns the grant that it ends.
@@ -150,11 +170,17 @@ impl Shadow {
             }
             Event::Replaced { daemon } => self.lose(daemon),
             Event::Learned { daemon, open, fact } => self.learned(daemon, *open, fact, now),
-            Event::Inventory { daemon, began, inventory } => self.listed(daemon, *began, inventory),
+            Event::Inventory { daemon, began, inventory } => {
+                self.makers.extend(self.builders.iter().cloned());
+                self.listed(daemon, *began, &inventory.containers, &inventory.projects);
+            }
+            Event::Containers { daemon, began, containers, projects } => {
+                self.listed(daemon, *began, containers, projects);
+            }
             Event::Images { .. } => self.makers.extend(self.builders.iter().cloned()),
             Event::Timed { .. } | Event::Wrote { .. } => {}
             Event::Shared { .. } | Event::Distinct { .. } => {}
-            Event::Acquire(_) | Event::Abandon(_) | Event::Containers { .. } => {}
+            Event::Acquire(_) | Event::Abandon(_) | Event::Growth(_) => {}
             Event::BuildSeen(open) => {
                 if let Some(grant) = self.grants.get_mut(open) {
                     grant.solves = true;
@@ -167,12 +193,28 @@ impl Shadow {
                 }
                 return Some(gone);
             }
-            // They move only what the engine may choose freely.
-            Event::Configured(_)
-            | Event::Growth(_)
-            | Event::Cordon { .. }
-            | Event::Uncordon { .. }
-            | Event::Drain { .. } => {}
+            Event::Configured(config) => {
+                self.config = (**config).clone();
+                if self.config.deep_probe_interval.is_zero() {
+                    // What has answered comes back, whether it can write or not.
+                    self.members.values_mut().for_each(|m| (m.writes, m.passive) = (false, false));
+                }
+            }
+            Event::Cordon { daemon, by } => self.cordon(daemon, *by),
+            Event::Uncordon { daemon, by } => {
+                let operators = |m: &&mut Member| m.cordon == Some(CordonedBy::Operator);
+                if let Some(member) = self.members.get_mut(daemon)
+                    && (*by == CordonedBy::Operator || !operators(&member))
+                {
+                    (member.cordon, member.drain) = (None, None);
+                }
+            }
+            Event::Drain { daemon, deadline } => {
+                self.cordon(daemon, CordonedBy::Operator);
+                if let Some(member) = self.members.get_mut(daemon) {
+                    member.drain.get_or_insert(*deadline);
+                }
+            }
             Event::Tick => {
                 for container in self.containers.values_mut() {
                     if container.until.is_some_and(|until| until <= now) {
@@ -244,7 +286,7 @@ impl Shadow {
             return;
         }
         match fact {
-            Fact::Labelled { .. } => {}
+            Fact::Labelled { id, project, .. } => self.labelled(daemon, id, project),
             Fact::Created { kind, id, .. } => {
                 if *kind == Kind::Container {
                     let container = self.containers.entry((daemon.clone(), id.clone())).or_default();
@@ -299,13 +341,31 @@ impl Shadow {
         }
     }
 
-    fn listed(&mut self, daemon: &DaemonId, began: Time, inventory: &Inventory) {
+    fn labelled(&mut self, daemon: &DaemonId, id: &str, project: &str) {
+        if let Some(container) = self.containers.get_mut(&(daemon.clone(), id.to_string())) {
+            container.project.get_or_insert(project.to_string());
+        }
+    }
+
+    /// An operator's cordon is not the scaler's to lift.
+    fn cordon(&mut self, daemon: &DaemonId, by: CordonedBy) {
+        let Some(member) = self.members.get_mut(daemon) else { return };
+        if by == CordonedBy::Operator || member.cordon.is_none() {
+            member.cordon = Some(by);
+        }
+    }
+
+    fn listed(
+        &mut self,
+        daemon: &DaemonId,
+        began: Time,
+        containers: &[ListedContainer],
+        projects: &[(Kind, String, String)],
+    ) {
         if !self.members.contains_key(daemon) {
             return;
         }
-        self.makers.extend(self.builders.iter().cloned());
-        let listed: BTreeMap<&str, bool> =
-            inventory.containers.iter().map(|c| (c.id.as_str(), c.running)).collect();
+        let listed: BTreeMap<&str, bool> = containers.iter().map(|c| (c.id.as_str(), c.running)).collect();
         let doomed: Vec<String> = (self.containers.iter())
             .filter(|((d, id), c)| d == daemon && !listed.contains_key(id.as_str()) && c.learned < began)
             .map(|((_, id), _)| id.clone())
@@ -326,6 +386,82 @@ impl Shadow {
                 }
             }
         }
+        for (_, id, project) in projects {
+            self.labelled(daemon, id, project);
+        }
+    }
+
+    /// Whether a build is under way on a daemon that may run containers of its own there.
+    fn is_building(&self, daemon: &DaemonId) -> bool {
+        let builds = |a: &Acquire| matches!(a.class, Class::Work(Work::Build | Work::BuildKit | Work::Load));
+        self.grants.values().any(|g| g.daemon == *daemon && !g.orphan && builds(&g.acquire))
+    }
+
+    /// What runs without a session: compose projects, and lone containers.
+    fn count_strangers(&mut self, engine: &Engine) {
+        let building: BTreeSet<DaemonId> =
+            self.members.keys().filter(|d| self.is_building(d)).cloned().collect();
+        let mut groups: BTreeSet<(&DaemonId, &str)> = BTreeSet::new();
+        for ((daemon, id), container) in &mut self.containers {
+            container.counts = container.is_stranger() && (container.counts || !building.contains(daemon));
+            if container.counts {
+                groups.insert((daemon, container.project.as_deref().unwrap_or(id)));
+            }
+        }
+        for daemon in engine.daemons() {
+            let ours = groups.iter().filter(|(d, _)| **d == daemon.id).count();
+            assert_eq!(daemon.strangers() as usize, ours, "strangers on {}", daemon.id);
+        }
+    }
+
+    /// A drain ends when the last work is gone, not before, and at its deadline at the latest.
+    fn drains(&mut self, event: &Event, effects: &[Effect], now: Time) {
+        let mut drained: BTreeMap<&DaemonId, &Drained> = BTreeMap::new();
+        for effect in effects {
+            match effect {
+                Effect::Drained { daemon, drained: how } => {
+                    assert!(drained.insert(daemon, how).is_none(), "{daemon} was drained twice at once");
+                }
+                Effect::Cordoned { daemon, by } => {
+                    assert_eq!(self.members.get(daemon).and_then(|m| m.cordon), Some(*by), "{daemon}");
+                }
+                Effect::Uncordoned { daemon, .. } => {
+                    assert!(self.members.get(daemon).is_some_and(|m| m.cordon.is_none()), "{daemon}");
+                }
+                _ => {}
+            }
+        }
+        let waits = self.members.iter().filter_map(|(id, m)| Some((id.clone(), m.drain?)));
+        for (daemon, deadline) in waits.collect::<Vec<_>>() {
+            let open = self.grants.values().filter(|g| g.daemon == daemon && !g.orphan).count() as u32;
+            // What may be a build's own goes with the build, which is open.
+            let containers = (self.containers.iter())
+                .filter(|((d, _), c)| *d == daemon && c.live && c.counts == c.is_stranger())
+                .count();
+            let bound: Vec<&SessionKey> =
+                self.leases.iter().filter(|(_, l)| l.daemon == daemon).map(|(key, _)| key).collect();
+            let works = open > 0 || containers > 0 || !bound.is_empty();
+            let Some(how) = drained.remove(&daemon) else {
+                assert!(works, "the drain of {daemon} waits for nothing");
+                // One of no time at all is told at the next tick.
+                assert!(
+                    now < deadline || matches!(event, Event::Drain { .. }),
+                    "{daemon} drains for too long"
+                );
+                let idle = bound.into_iter().find(|key| {
+                    let open = self.grants.values().any(|g| g.acquire.key == **key);
+                    !open && !self.runs(key, &daemon)
+                });
+                assert!(idle.is_none(), "a drain waits for {idle:?}, who does nothing");
+                continue;
+            };
+            assert!(!works || now >= deadline, "{daemon} was drained while {open} + {containers} work there");
+            let cut: u32 = how.cut.iter().map(|r| r.open).sum();
+            let ran: usize = how.cut.iter().map(|r| r.containers.len()).sum();
+            assert_eq!((cut, ran), (open, containers), "what the drain of {daemon} has cut");
+            self.members.get_mut(&daemon).expect("it is there").drain = None;
+        }
+        assert!(drained.is_empty(), "drained without a drain: {drained:?}");
     }
 
     /// Leases start and end only when they may.
@@ -338,7 +474,8 @@ impl Shadow {
                     let lease = Lease {
                         id: *lease,
                         daemon: daemon.clone(),
-                        worked: None,
+                        works: false,
+                        lingers: Time::ZERO,
                         active: (now, false),
                         latest: (now, false),
                         sources: BTreeSet::new(),
@@ -367,10 +504,11 @@ impl Shadow {
                     assert!(!open, "the lease of {key} ended under an open request");
                     assert!(!self.runs(key, daemon), "the lease of {key} ended under a running container");
                     let moved = matches!(event, Event::Acquire(_));
+                    let drains = self.members.get(daemon).is_some_and(|m| m.drain.is_some());
                     let undone = matches!(event, Event::Release { outcome: Outcome::Unreached, .. })
                         && ended.is_some();
                     assert!(
-                        moved || undone || now >= ours.active.0 + self.config.grace,
+                        moved || undone || drains || now >= ours.active.0 + self.config.grace,
                         "the lease of {key} ended early"
                     );
                 }
@@ -503,13 +641,10 @@ impl Shadow {
             // What was so after the event before has lasted until this one.
             lease.active = (if active || lease.active.1 { now } else { lease.active.0 }, active);
             lease.latest = (if latest || lease.latest.1 { now } else { lease.latest.0 }, latest);
-            assert!(now < lease.latest.0 + self.config.grace, "the lease of {key} should have ended");
-            lease.worked = match lease.worked {
-                Some((at, false)) if wants == 0 => Some((at, false)),
-                None if wants == 0 => None,
-                _ => Some((now, wants > 0)),
-            };
-            let lingers = lease.worked.is_some_and(|(at, _)| now < at + self.config.linger);
+            if std::mem::replace(&mut lease.works, wants > 0) && wants == 0 {
+                lease.lingers = now + self.config.linger;
+            }
+            let lingers = wants == 0 && now < lease.lingers;
             *used.entry(lease.daemon.clone()).or_default() += wants.max(u32::from(lingers));
         }
         for (_, daemon) in live.into_keys() {
