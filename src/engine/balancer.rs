@@ -54,15 +54,26 @@ pub(super) fn least_wait<'a>(daemons: impl Iterator<Item = &'a Daemon>) -> Vec<&
     equals
 }
 
-/// One of `equals` at random; if some of them are among `warm`, one of those. Both are in the order of the
-/// daemons' names, so one walk through each is enough.
+/// How often a warm one is drawn for before all are looked at.
+const DRAWS: usize = 8;
+
+/// One of `equals` at random; if some of them are among `warm`, one of those. `is_warm` says whether one is. Where many
+/// are, one is soon drawn; where few are, one walk through both finds them, which are in the order of the daemons'
+/// names.
 pub(super) fn draw<'a>(
     mut equals: Vec<&'a Daemon>,
     warm: impl Iterator<Item = &'a DaemonId>,
+    is_warm: impl Fn(&DaemonId) -> bool,
     random: &mut Random,
 ) -> Option<&'a DaemonId> {
     let mut warm = warm.peekable();
     if equals.len() > 1 && warm.peek().is_some() {
+        for _ in 0..DRAWS {
+            let drawn = &equals[random.below(equals.len() as u64) as usize].id;
+            if is_warm(drawn) {
+                return Some(drawn);
+            }
+        }
         let is_warm = |daemon: &&Daemon| {
             while warm.next_if(|w| **w < daemon.id).is_some() {}
             warm.next_if(|w| **w == daemon.id).is_some()
@@ -131,7 +142,11 @@ mod tests {
         let mut counts = std::collections::BTreeMap::new();
         for _ in 0..3000 {
             *counts
-                .entry(draw(least_wait(pool.iter()), std::iter::empty(), &mut random).unwrap().clone())
+                .entry(
+                    draw(least_wait(pool.iter()), std::iter::empty(), |_| false, &mut random)
+                        .unwrap()
+                        .clone(),
+                )
                 .or_insert(0) += 1;
         }
         assert!(counts.values().all(|n| (850..1150).contains(n)), "{counts:?}");
@@ -153,7 +168,8 @@ mod tests {
                 .collect();
             let warm: Vec<DaemonId> = warm.into_iter().map(|i| format!("d{i:02}").into()).collect();
             let equals = least_wait(pool.iter());
-            let drawn = draw(equals.clone(), warm.iter(), &mut Random::new(seed)).unwrap();
+            let is_warm = |daemon: &DaemonId| warm.contains(daemon);
+            let drawn = draw(equals.clone(), warm.iter(), is_warm, &mut Random::new(seed)).unwrap();
             let load = |d: &Daemon| {
                 let slots = f64::from(d.slots);
                 (f64::from(d.used) / slots, d.sessions.len() as f64 / slots)

@@ -389,6 +389,12 @@ impl Images {
         entries.filter(move |(_, e)| e.visible(tenant)).map(|(d, _)| d)
     }
 
+    /// Whether a daemon has something under this name.
+    pub fn is_on(&self, reference: &str, tenant: &Tenant, daemon: &DaemonId) -> bool {
+        let entry = self.references.get(reference).and_then(|entries| entries.get(daemon));
+        entry.is_some_and(|e| e.visible(tenant))
+    }
+
     /// `sha256:…`, a bare id, an id prefix, or `name@sha256:…`.
     fn find_by_id(&self, reference: &str, tenant: &Tenant) -> Found {
         let digest = reference.rsplit_once('@').map_or(reference, |(_, digest)| digest);

@@ -253,7 +253,8 @@ impl Engine {
         let api = acquire.requirements.api;
         let able: Vec<&Daemon> = there().filter(|d| d.takes_sessions() && d.serves(api)).collect();
         let able = self.apart(acquire, able).into_iter();
-        let chosen = balancer::draw(balancer::least_wait(able), std::iter::empty(), &mut self.random)
+        let least = balancer::least_wait(able);
+        let chosen = balancer::draw(least, std::iter::empty(), |_| false, &mut self.random)
             .cloned()
             // What exists on one daemon only is asked for there, also while it takes no new sessions.
             .or_else(|| there().next().map(|d| d.id.clone()));
@@ -289,7 +290,11 @@ impl Engine {
         let chosen = if binds {
             let image = requirements.image.iter();
             let holders = image.flat_map(|image| self.images.holders(image, &acquire.tenant));
-            balancer::draw(balancer::least_wait(able.into_iter()), holders, &mut self.random)
+            let holds = |d: &DaemonId| {
+                let image = requirements.image.as_ref();
+                image.is_some_and(|image| self.images.is_on(image, &acquire.tenant, d))
+            };
+            balancer::draw(balancer::least_wait(able.into_iter()), holders, holds, &mut self.random)
         } else {
             balancer::rendezvous(able.into_iter(), acquire.key.as_str())
         };
