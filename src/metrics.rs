@@ -92,6 +92,8 @@ pub struct Metrics {
     pub reload_time: IntGauge,
     /// Drains that ended, by how (`idle`, `cut`, `uncordoned`).
     pub drains: IntCounterVec,
+    /// Answers to preStop hooks, by outcome (`drained`, `busy`, `unknown`, `refused`).
+    pub prestops: IntCounterVec,
     /// Requests that were tried on another daemon because the first could not be reached.
     pub retries: IntCounter,
     desired: IntGauge,
@@ -305,6 +307,11 @@ impl Metrics {
                 "dindpool_scale_steps_total",
                 "What the autoscaler has done.",
                 &["step", "outcome"],
+            )?,
+            prestops: counters(
+                "dindpool_prestop_answers_total",
+                "Answers to preStop hooks of daemons' pods, by what they said.",
+                &["outcome"],
             )?,
             retries: counter(
                 "dindpool_retries_total",

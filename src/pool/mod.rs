@@ -5,6 +5,7 @@ pub mod about;
 pub mod client;
 pub mod cordon;
 mod deep;
+mod departure;
 mod lease;
 mod lookup;
 pub mod scaler;

@@ -172,7 +172,9 @@ impl Shadow {
             | Event::Growth(_)
             | Event::Cordon { .. }
             | Event::Uncordon { .. }
-            | Event::Drain { .. } => {}
+            | Event::Drain { .. }
+            | Event::Leaving { .. }
+            | Event::LetGo { .. } => {}
             Event::Tick => {
                 for container in self.containers.values_mut() {
                     if container.until.is_some_and(|until| until <= now) {
