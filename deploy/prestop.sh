@@ -44,8 +44,8 @@ ask() {
         answer="$token_file cannot be read or is empty"
         return
     fi
-    # Not through a pipe, whose exit status would be that of its end.
-    told=$(wget -q -T 40 -O - --header "Authorization: Bearer $token" "$url/drained/$pod" 2>&1)
+    # Not `wget -T`: that of a static busybox dies of it. Not through a pipe: the exit status would be that of its end.
+    told=$(timeout 40 wget -q -O - --header "Authorization: Bearer $token" "$url/drained/$pod" 2>&1)
     status=$?
     case "$status $told" in
     "0 drained"*) answer=drained ;;

@@ -142,6 +142,7 @@ mod tests {
             },
             settings: Arc::new(RwLock::new(first)),
             admin: Arc::new(Admin::new(pool.clone(), Drain::new(), None)),
+            prestop: Arc::new(Prestop::new(pool.clone(), None)),
             pool,
             metrics,
         };

@@ -314,6 +314,50 @@ pub fn dindpool_image(name: &str, archive: &Path) {
     run(Command::new(here.join("tests/cluster/image")).arg(archive).arg(name).arg(&tar).arg(config));
 }
 
+/// The token of preStop hooks in tests.
+pub const TOKEN: &str = "a-token-of-the-tests";
+
+/// Docker daemons as [`dind`], whose pods are ended by deploy/prestop.sh, within `grace` seconds. The hook asks at
+/// `url`.
+pub fn dind_with_prestop(name: &str, replicas: usize, url: &str, grace: u32) -> String {
+    let hook = include_str!("../../deploy/prestop.sh").replace('\n', "\n    ");
+    let container = format!(
+        "lifecycle: {{preStop: {{exec: {{command: [sh, /etc/dindpool/prestop.sh]}}}}}}
+        env:
+        - {{name: DINDPOOL_PRESTOP_URL, value: '{url}'}}
+        - {{name: PRESTOP_QUIET, value: '3'}}
+        - {{name: POD_NAME, valueFrom: {{fieldRef: {{fieldPath: metadata.name}}}}}}
+        volumeMounts:
+        - {{name: hook, mountPath: /etc/dindpool}}
+        - {{name: data,"
+    );
+    let deployment = dind(name, replicas)
+        .replace("terminationGracePeriodSeconds: 5", &format!("terminationGracePeriodSeconds: {grace}"))
+        .replace("volumeMounts: [{name: data,", &container)
+        .replace("/var/lib/docker}]", "/var/lib/docker}")
+        .replace(
+            "      volumes:\n",
+            "      volumes:\n      - name: hook\n        projected: {sources: [{configMap: {name: hook}}, \
+             {secret: {name: hook}}]}\n",
+        );
+    format!(
+        "
+apiVersion: v1
+kind: ConfigMap
+metadata: {{name: hook}}
+data:
+  prestop.sh: |
+    {hook}
+---
+apiVersion: v1
+kind: Secret
+metadata: {{name: hook}}
+stringData: {{prestop-token: {TOKEN}}}
+---
+{deployment}"
+    )
+}
+
 /// The running cluster. Its addresses are there once on a machine, so it has a lock for as long as it lives.
 struct Node {
     dir: tempfile::TempDir,
