@@ -13,7 +13,7 @@ use crate::admin::{self, Admin};
 use crate::config::{Listener, Settings};
 use crate::drain::Drain;
 use crate::metrics::Metrics;
-use crate::pool::{Pool, scaler};
+use crate::pool::{Pool, notes, scaler};
 use crate::provision::Running;
 use crate::proxy::Proxy;
 use crate::proxy::cancel::WaitingBuilds;
@@ -123,9 +123,11 @@ pub async fn run(
         metrics: metrics.clone(),
     });
     count_panics(metrics.panics.clone());
-    let Running { observations, stop, stopped, changes } = provisioner;
+    let Running { observations, stop, stopped, changes, notes } = provisioner;
     let pool_task = tokio::spawn(pool.clone().run(observations));
     let scaler_task = changes.map(|changes| tokio::spawn(scaler::run(pool.clone(), changes)));
+    // Whoever scales also writes, and nobody else does.
+    let notes_task = notes.map(|to| tokio::spawn(notes::run(pool.clone(), to)));
     let admin = Arc::new(Admin::new(pool.clone(), proxy.drain.clone(), settings.admin_token.clone()));
     let admins: Vec<_> =
         sockets.admin.into_iter().map(|bound| tokio::spawn(admin::run(bound, admin.clone()))).collect();
@@ -149,9 +151,7 @@ pub async fn run(
     let beside_task = tokio::spawn(beside(pool.clone()));
     shutdown.await;
     // Whoever comes after us decides anew.
-    if let Some(task) = &scaler_task {
-        task.abort();
-    }
+    scaler_task.iter().chain(&notes_task).for_each(|task| task.abort());
     reload_task.abort();
     let settings = settings.read().unwrap_or_else(PoisonError::into_inner).clone();
     proxy.drain.leave();

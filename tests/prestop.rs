@@ -60,7 +60,8 @@ fn hook(bin: &Path, url: &str, own: bool, before: &str) -> Child {
     fs::write(&token, format!("{TOKEN}\n")).unwrap();
     let mut command = Command::new("/usr/bin/env");
     if own {
-        command = Command::new("unshare");
+        // Not the one of the PATH below.
+        command = Command::new("/usr/bin/unshare");
         command.args(["--net", "--pid", "--fork", "--kill-child", "--mount-proc"]);
     }
     command

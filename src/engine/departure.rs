@@ -10,6 +10,8 @@
 //! That a daemon drains is the provisioner's word, which may come late (a slow API server) or never (a container that
 //! is restarted because its probe failed). So who asks closes the daemon himself, for as long as he goes on asking.
 
+use std::collections::BTreeMap;
+
 use super::model::*;
 use super::objects::Object;
 use super::{Engine, Session, Timer};
@@ -107,5 +109,13 @@ impl Engine {
             return false;
         }
         true
+    }
+}
+
+impl Engine {
+    /// Whether anybody works on a daemon or has a lease there, of those of which it is known.
+    pub fn busy_daemons(&self) -> BTreeMap<DaemonId, bool> {
+        let known = self.daemons.values().filter(|d| d.listed && d.state == State::Ready && !d.let_go);
+        known.map(|d| (d.id.clone(), self.has_work(&d.id))).collect()
     }
 }

@@ -12,6 +12,7 @@ mod facts;
 mod health;
 pub mod images;
 mod invariants;
+pub mod marks;
 mod members;
 pub mod model;
 mod objects;

@@ -241,6 +241,7 @@ metadata: {{name: dindpool}}
 rules:
 - {{apiGroups: [apps], resources: [deployments/scale], resourceNames: [{deployment}], verbs: [get, update]}}
 - {{apiGroups: [''], resources: [pods], verbs: [list, watch, patch]}}
+- {{apiGroups: [events.k8s.io], resources: [events], verbs: [create]}}
 ---
 apiVersion: rbac.authorization.k8s.io/v1
 kind: RoleBinding

@@ -172,7 +172,10 @@ fn row_07_a_rollout_restart_under_load_loses_no_build() {
     }
     wait_until("the old pods have gone", SOON, || left() == 0);
     let n = builds.len();
-    say(format!("rollout restart: {n} builds, none lost; the old pods had gone after {:.1?}", start.elapsed()));
+    say(format!(
+        "rollout restart: {n} builds, none lost; the old pods had gone after {:.1?}",
+        start.elapsed()
+    ));
     assert!(start.elapsed() < secs(u64::from(GRACE)), "it was the grace that ended them");
 }
 

@@ -12,6 +12,7 @@ mod chart;
 #[path = "../common/mod.rs"]
 mod common;
 mod evict;
+mod notes;
 mod pool;
 
 /// The API server that all tests share: written by the one that stops it.
