@@ -199,6 +199,21 @@ impl Cluster {
         Frozen(pid)
     }
 
+    /// Has etcd forget all that was there before now, through its own HTTP gateway.
+    pub fn compact(&self) {
+        let ask = |path: &str, body: &str| -> Value {
+            let script = format!("curl -fsS --noproxy '*' -d '{body}' http://127.0.0.1:2379{path}");
+            let mut nsenter = Command::new("nsenter");
+            nsenter.args(["--net=/run/netns/dindpool-kube", "sh", "-c", &script]);
+            let answer = nsenter.output().expect("nsenter runs");
+            assert!(answer.status.success(), "{path}: {}", String::from_utf8_lossy(&answer.stderr));
+            serde_json::from_slice(&answer.stdout).expect("JSON")
+        };
+        let now = ask("/v3/kv/range", "{\"key\":\"AA==\"}");
+        let revision = now["header"]["revision"].as_str().expect("a revision").to_owned();
+        ask("/v3/kv/compaction", &format!("{{\"revision\":{revision}}}"));
+    }
+
     /// Kills the API server, which all tests of this binary share, and starts it again when `away` has returned.
     pub fn restart_api_server(&self, away: impl FnOnce()) {
         let pid = api_server();

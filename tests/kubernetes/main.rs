@@ -8,6 +8,7 @@ use common::cluster::{self, Cluster};
 use common::http::{self, Addr};
 use common::{say, secs, wait_until};
 
+mod api;
 mod chart;
 #[path = "../common/mod.rs"]
 mod common;
