@@ -65,7 +65,7 @@ fmt-check: ## fail where the source is not formatted
 lint: ## clippy on every target, and shellcheck if it is there; a warning is a fault
 	cargo clippy --locked --all-targets -- -D warnings
 	@if command -v shellcheck >/dev/null; then shellcheck scripts/up scripts/test scripts/soak scripts/manifests scripts/image deploy/rootfs .ci/run tests/parts/install \
-		tests/cluster/cluster tests/cluster/images; \
+		tests/cluster/cluster tests/cluster/images deploy/prestop.sh; \
 	else echo "shellcheck is not installed: scripts were not checked (apt-get install shellcheck)"; fi
 
 .PHONY: doc

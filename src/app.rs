@@ -8,11 +8,12 @@ use std::sync::{Arc, PoisonError, RwLock};
 use anyhow::Context;
 use tokio::task::JoinSet;
 
+use crate::admin::prestop::{self, Prestop};
 use crate::admin::{self, Admin};
 use crate::config::{Listener, Settings};
 use crate::drain::Drain;
 use crate::metrics::Metrics;
-use crate::pool::{Pool, scaler};
+use crate::pool::{Pool, notes, scaler};
 use crate::provision::Running;
 use crate::proxy::Proxy;
 use crate::proxy::cancel::WaitingBuilds;
@@ -26,6 +27,7 @@ use crate::reload::{Reload, Source};
 pub struct Sockets {
     listeners: Vec<(Listener, Bound)>,
     admin: Vec<Bound>,
+    prestop: Option<Bound>,
 }
 
 impl Sockets {
@@ -49,11 +51,18 @@ impl Sockets {
                 Err(error) => faults.push(format!("cannot listen on {address} (admin): {error}")),
             }
         }
+        let mut prestop = None;
+        if let Some(address) = &settings.prestop {
+            match Bound::admin(address).await {
+                Ok(bound) => prestop = Some(bound),
+                Err(error) => faults.push(format!("cannot listen on {address} (prestop): {error}")),
+            }
+        }
         anyhow::ensure!(faults.is_empty(), "{}", faults.join("\n"));
-        Ok(Sockets { listeners, admin })
+        Ok(Sockets { listeners, admin, prestop })
     }
 
-    /// Prints the real addresses, one a line: `listening on tcp://…`, `admin on http://…`.
+    /// Prints the real addresses, one a line: `listening on tcp://…`, `admin on http://…`, `prestop on …`.
     pub fn announce(&self) {
         for (listener, bound) in &self.listeners {
             say(&format!("listening on {}", bound.address()));
@@ -66,6 +75,9 @@ impl Sockets {
         }
         for bound in &self.admin {
             say(&format!("admin on {}", bound.address().replace("tcp://", "http://")));
+        }
+        if let Some(bound) = &self.prestop {
+            say(&format!("prestop on {}", bound.address().replace("tcp://", "http://")));
         }
     }
 
@@ -111,18 +123,23 @@ pub async fn run(
         metrics: metrics.clone(),
     });
     count_panics(metrics.panics.clone());
-    let Running { observations, stop, stopped, changes } = provisioner;
+    let Running { observations, stop, stopped, changes, notes } = provisioner;
     let pool_task = tokio::spawn(pool.clone().run(observations));
     let scaler_task = changes.map(|changes| tokio::spawn(scaler::run(pool.clone(), changes)));
+    // Whoever scales also writes, and nobody else does.
+    let notes_task = notes.map(|to| tokio::spawn(notes::run(pool.clone(), to)));
     let admin = Arc::new(Admin::new(pool.clone(), proxy.drain.clone(), settings.admin_token.clone()));
     let admins: Vec<_> =
         sockets.admin.into_iter().map(|bound| tokio::spawn(admin::run(bound, admin.clone()))).collect();
+    let prestop = Arc::new(Prestop::new(pool.clone(), settings.prestop_token.clone()));
+    let prestop_task = sockets.prestop.map(|bound| tokio::spawn(prestop::run(bound, prestop.clone())));
     let settings = Arc::new(RwLock::new(settings));
     let reload = Reload {
         source,
         settings: settings.clone(),
         pool: pool.clone(),
         admin: admin.clone(),
+        prestop,
         metrics: metrics.clone(),
     };
     let reload_task = tokio::spawn(reload.run());
@@ -134,9 +151,7 @@ pub async fn run(
     let beside_task = tokio::spawn(beside(pool.clone()));
     shutdown.await;
     // Whoever comes after us decides anew.
-    if let Some(task) = &scaler_task {
-        task.abort();
-    }
+    scaler_task.iter().chain(&notes_task).for_each(|task| task.abort());
     reload_task.abort();
     let settings = settings.read().unwrap_or_else(PoisonError::into_inner).clone();
     proxy.drain.leave();
@@ -160,7 +175,7 @@ pub async fn run(
     pool.stop();
     let _ = stop.send(());
     let _ = stopped.await;
-    admins.iter().for_each(|task| task.abort());
+    admins.iter().chain(&prestop_task).for_each(|task| task.abort());
     tracing::info!("stopped");
     Ok(())
 }

@@ -48,6 +48,10 @@ pub struct Raw {
     pub admin: Option<Vec<String>>,
     /// The file of the token that allows changes over TCP.
     pub admin_token_file: Option<PathBuf>,
+    /// Where the preStop hooks of daemons' pods ask.
+    pub prestop: Option<String>,
+    /// The file of the token that they know.
+    pub prestop_token_file: Option<PathBuf>,
     /// Fixed daemons.
     pub daemons: Option<Vec<String>>,
     /// A Deployment whose pods are the daemons.
@@ -132,6 +136,10 @@ pub struct Settings {
     pub admin: Vec<Address>,
     /// Who may change the pool over TCP.
     pub admin_token: Option<Token>,
+    /// Where the preStop hooks of daemons' pods ask.
+    pub prestop: Option<Address>,
+    /// What they know.
+    pub prestop_token: Option<Token>,
     /// Fixed daemons.
     pub daemons: Vec<FixedAddress>,
     /// The Deployment whose pods are the daemons, instead of fixed ones.
@@ -172,6 +180,8 @@ const KEYS: &[&str] = &[
     "listen",
     "admin",
     "admin_token_file",
+    "prestop",
+    "prestop_token_file",
     "daemons",
     "kubernetes",
     "scaler",
@@ -231,6 +241,8 @@ impl Raw {
                 "listen" => listeners(value).map(|v| raw.listen = Some(v)),
                 "admin" => one_or_many(value).map(|v| raw.admin = Some(v)),
                 "admin_token_file" => text_of(value).map(|v| raw.admin_token_file = Some(v.into())),
+                "prestop" => text_of(value).map(|v| raw.prestop = Some(v)),
+                "prestop_token_file" => text_of(value).map(|v| raw.prestop_token_file = Some(v.into())),
                 "daemons" => texts(value).map(|v| raw.daemons = Some(v)),
                 "kubernetes" => text_of(value).map(|v| raw.kubernetes = Some(v)),
                 "scaler" => text_of(value).map(|v| raw.scaler = Some(v)),
@@ -281,6 +293,8 @@ impl Raw {
             listen: self.listen.or(under.listen),
             admin: self.admin.or(under.admin),
             admin_token_file: self.admin_token_file.or(under.admin_token_file),
+            prestop: self.prestop.or(under.prestop),
+            prestop_token_file: self.prestop_token_file.or(under.prestop_token_file),
             daemons: self.daemons.or(under.daemons),
             kubernetes: self.kubernetes.or(under.kubernetes),
             scaler: self.scaler.or(under.scaler),
@@ -451,10 +465,17 @@ impl Raw {
         if admin.is_empty() {
             faults.push("admin: no address; leave it out for the default, 127.0.0.1:9375".into());
         }
-        let admin = admin.iter().filter_map(|a| admin_address(a, &mut faults)).collect();
+        let admin = admin.iter().filter_map(|a| admin_address("admin", a, &mut faults)).collect();
+        let prestop = self.prestop.as_deref().and_then(|a| admin_address("prestop", a, &mut faults));
+        if self.prestop.is_some() != self.prestop_token_file.is_some() {
+            faults.push("prestop, prestop_token_file: each needs the other".into());
+        }
         let token = self.admin_token_file.as_deref().map(Token::read);
         let admin_token =
             token.and_then(|t| t.map_err(|fault| faults.push(format!("admin_token_file: {fault}"))).ok());
+        let token = self.prestop_token_file.as_deref().map(Token::read);
+        let prestop_token =
+            token.and_then(|t| t.map_err(|fault| faults.push(format!("prestop_token_file: {fault}"))).ok());
         if !faults.is_empty() {
             return Err(Faults(faults));
         }
@@ -462,6 +483,8 @@ impl Raw {
             listen,
             admin,
             admin_token,
+            prestop,
+            prestop_token,
             daemons,
             kubernetes,
             pool,
@@ -523,12 +546,12 @@ pub fn duration(text: &str) -> Option<Duration> {
     Duration::try_from_secs_f64(seconds).ok()
 }
 
-fn admin_address(text: &str, faults: &mut Vec<String>) -> Option<Address> {
+fn admin_address(key: &str, text: &str, faults: &mut Vec<String>) -> Option<Address> {
     if text.starts_with("unix://") {
-        return text.parse().map_err(|fault| faults.push(format!("admin: {fault}"))).ok();
+        return text.parse().map_err(|fault| faults.push(format!("{key}: {fault}"))).ok();
     }
     if text.rsplit_once(':').is_none_or(|(_, port)| port.parse::<u16>().is_err()) {
-        faults.push(format!("admin: {text} is no address; use 127.0.0.1:9375 or unix:///path"));
+        faults.push(format!("{key}: {text} is no address; use 127.0.0.1:9375 or unix:///path"));
         return None;
     }
     Some(Address::Tcp(text.to_string()))

@@ -92,6 +92,10 @@ pub struct Metrics {
     pub reload_time: IntGauge,
     /// Drains that ended, by how (`idle`, `cut`, `uncordoned`).
     pub drains: IntCounterVec,
+    /// Notes for others to read, by kind (`mark`, `event`) and outcome (`done`, `failed`, `forbidden`).
+    pub notes: IntCounterVec,
+    /// Answers to preStop hooks, by outcome (`drained`, `busy`, `unknown`, `refused`).
+    pub prestops: IntCounterVec,
     /// Requests that were tried on another daemon because the first could not be reached.
     pub retries: IntCounter,
     desired: IntGauge,
@@ -305,6 +309,16 @@ impl Metrics {
                 "dindpool_scale_steps_total",
                 "What the autoscaler has done.",
                 &["step", "outcome"],
+            )?,
+            notes: counters(
+                "dindpool_notes_total",
+                "Annotations and Events written for others to read.",
+                &["kind", "outcome"],
+            )?,
+            prestops: counters(
+                "dindpool_prestop_answers_total",
+                "Answers to preStop hooks of daemons' pods, by what they said.",
+                &["outcome"],
             )?,
             retries: counter(
                 "dindpool_retries_total",

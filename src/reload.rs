@@ -9,6 +9,7 @@ use tokio::signal::unix::Signal;
 use tokio::sync::watch;
 
 use crate::admin::Admin;
+use crate::admin::prestop::Prestop;
 use crate::config::{Faults, Settings};
 use crate::metrics::Metrics;
 use crate::pool::Pool;
@@ -35,6 +36,8 @@ pub struct Reload {
     pub pool: Arc<Pool>,
     /// Takes its token.
     pub admin: Arc<Admin>,
+    /// Takes its token.
+    pub prestop: Arc<Prestop>,
     /// Counts reloads.
     pub metrics: Metrics,
 }
@@ -68,6 +71,7 @@ impl Reload {
         telemetry::set_level(&new.log_level);
         self.pool.configure(new.pool.clone());
         *self.admin.token.write().unwrap_or_else(PoisonError::into_inner) = new.admin_token.clone();
+        *self.prestop.token.write().unwrap_or_else(PoisonError::into_inner) = new.prestop_token.clone();
         if let Some(daemons) = &self.source.daemons {
             daemons.send_if_modified(|old| {
                 let changed = *old != new.daemons;
@@ -89,6 +93,7 @@ impl Settings {
         let fixed = [
             ("listen", self.listen != new.listen),
             ("admin", self.admin != new.admin),
+            ("prestop", self.prestop != new.prestop),
             ("kubernetes", self.kubernetes != new.kubernetes),
             ("max_connections, max_connections_per_source", self.limits != new.limits),
             ("head_deadline", self.head_deadline != new.head_deadline),
@@ -137,6 +142,7 @@ mod tests {
             },
             settings: Arc::new(RwLock::new(first)),
             admin: Arc::new(Admin::new(pool.clone(), Drain::new(), None)),
+            prestop: Arc::new(Prestop::new(pool.clone(), None)),
             pool,
             metrics,
         };

@@ -8,6 +8,7 @@
 //! GET  /daemons/ID/drain                  how far it is
 //! ```
 
+pub mod prestop;
 pub mod token;
 
 use std::convert::Infallible;

@@ -1,5 +1,7 @@
 //! `dindpool serve`: a pool of daemons that exist already, or of the pods of a Deployment.
 
+use std::path::PathBuf;
+
 use clap::Args;
 
 use tokio::sync::watch;
@@ -21,6 +23,12 @@ pub struct Serve {
     /// The daemons are the pods of this Deployment, which is scaled: NAME, NAMESPACE/NAME or NAMESPACE/NAME:PORT
     #[arg(long, env = "DINDPOOL_KUBERNETES", value_name = "DEPLOYMENT", conflicts_with = "daemon")]
     kubernetes: Option<String>,
+    /// Where the preStop hooks of daemons' pods ask whether nothing runs there any more (deploy/prestop.sh): host:port
+    #[arg(long, env = "DINDPOOL_PRESTOP", value_name = "ADDR")]
+    prestop: Option<String>,
+    /// File of the token that these hooks know, at least 16 characters
+    #[arg(long, env = "DINDPOOL_PRESTOP_TOKEN_FILE", value_name = "FILE")]
+    prestop_token_file: Option<PathBuf>,
     #[command(flatten)]
     scale: Scale,
 }
@@ -86,6 +94,8 @@ impl Serve {
         } = self.scale.clone();
         let typed = Raw {
             kubernetes: self.kubernetes.clone(),
+            prestop: self.prestop.clone(),
+            prestop_token_file: self.prestop_token_file.clone(),
             scaler,
             scale_min,
             scale_max,

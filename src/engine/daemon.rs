@@ -34,6 +34,10 @@ pub struct Daemon {
     pub misfit: Option<String>,
     /// Why it takes no new sessions although it is well.
     pub cordon: Option<Cordon>,
+    /// Until when it takes no new sessions because somebody is about to end it, if he does not ask again.
+    pub(super) leaving: Option<Time>,
+    /// He was told that he may.
+    pub(super) let_go: bool,
     /// The daemons that keep their data where this one does: refused like a misfit.
     pub(super) shares: BTreeSet<DaemonId>,
     pub(super) vitals: Vitals,
@@ -67,6 +71,8 @@ impl Daemon {
             sessions: BTreeSet::new(),
             misfit: None,
             cordon: None,
+            leaving: None,
+            let_go: false,
             shares: BTreeSet::new(),
             vitals: Vitals::default(),
             expected: true,
@@ -84,7 +90,12 @@ impl Daemon {
 
     /// Whether it takes new sessions.
     pub fn takes_sessions(&self) -> bool {
-        self.is_well() && self.cordon.is_none()
+        self.is_well() && self.cordon.is_none() && !self.is_leaving()
+    }
+
+    /// Whether somebody is about to end it, and has asked for that.
+    pub fn is_leaving(&self) -> bool {
+        self.leaving.is_some() || self.let_go
     }
 
     /// Compose projects and lone containers that run here without a session of the pool.

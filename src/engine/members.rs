@@ -42,7 +42,7 @@ impl Engine {
             self.lose(&id, now);
             self.daemons.remove(&id);
             self.timers
-                .retain(|(_, timer)| !matches!(timer, Timer::Deep(d) | Timer::SlowStart(d) if *d == id));
+                .retain(|(_, timer)| !matches!(timer, Timer::Deep(d) | Timer::SlowStart(d) | Timer::Leaving(d) if *d == id));
             self.shares_no_more(&id);
             self.effects.push(Effect::DaemonChanged {
                 daemon: id,

@@ -7,10 +7,12 @@ pub mod autoscaler;
 mod balancer;
 mod cordon;
 mod daemon;
+pub mod departure;
 mod facts;
 mod health;
 pub mod images;
 mod invariants;
+pub mod marks;
 mod members;
 pub mod model;
 mod objects;
@@ -153,6 +155,8 @@ enum Timer {
     Patience(DaemonId),
     /// The deadline of a drain is over.
     Drain(DaemonId),
+    /// Nobody has asked again whether a daemon may end.
+    Leaving(DaemonId),
     /// A daemon's next deep probe.
     Deep(DaemonId),
     /// The next step of a daemon's slow start.
@@ -214,6 +218,9 @@ impl Engine {
 
     /// The one entry: what happened, and when. Times never go back.
     pub fn handle(&mut self, event: Event, now: Time) -> Vec<Effect> {
+        if self.is_of_one_let_go(&event) {
+            return std::mem::take(&mut self.effects);
+        }
         match event {
             Event::Acquire(acquire) => self.acquire(acquire, now),
             Event::Release { open, outcome } => self.release(open, outcome, now),
@@ -235,6 +242,8 @@ impl Engine {
             Event::Cordon { daemon, by } => self.cordon(&daemon, by),
             Event::Uncordon { daemon, by } => self.uncordon(&daemon, by),
             Event::Drain { daemon, deadline } => self.drain(&daemon, deadline),
+            Event::Leaving { daemon, until } => self.leaving(&daemon, until),
+            Event::LetGo { daemon } => self.let_go(&daemon, now),
             Event::Growth(growth) => self.growing(growth),
             Event::Configured(config) => self.configured(*config, now),
             Event::Tick => self.tick(now),
@@ -687,6 +696,7 @@ impl Engine {
                     self.refuse_if_nobody_comes();
                 }
                 Timer::Drain(daemon) => self.drain_due(&daemon, now),
+                Timer::Leaving(daemon) => self.leaving_due(&daemon, now),
             }
         }
     }

@@ -540,6 +540,18 @@ pub enum Event {
         /// When the work that is left is cut.
         deadline: Time,
     },
+    /// Somebody is about to end a daemon, and asks whether he may: it takes no new sessions meanwhile.
+    Leaving {
+        /// Which daemon.
+        daemon: DaemonId,
+        /// When he would have asked again.
+        until: Time,
+    },
+    /// He is told that he may, if nobody works there.
+    LetGo {
+        /// Which daemon.
+        daemon: DaemonId,
+    },
     /// Time has passed: leases, lingers and graces run out.
     Tick,
 }

@@ -361,6 +361,7 @@ impl Engine {
                     (_, Health::Ejected, _) => "ejected",
                     (_, _, true) => "refused",
                     _ if d.cordon.is_some() => "cordoned",
+                    _ if d.is_leaving() => "leaving",
                     _ => "ready",
                 };
                 let why = d.why();

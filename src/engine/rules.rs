@@ -2,6 +2,7 @@
 
 mod apart;
 mod cordon;
+mod departure;
 
 use super::model::*;
 use super::{Config, Engine};

@@ -57,6 +57,7 @@ impl Engine {
                         (State::Starting, Some(fault)) => Phase::Stuck(fault),
                         (State::Starting, None) => Phase::Starting,
                         (State::Draining | State::Gone, _) => Phase::Leaving,
+                        (State::Ready, _) if d.is_leaving() => Phase::Leaving,
                         (State::Ready, _) if d.is_well() => Phase::Ready,
                         (State::Ready, _) => Phase::Away,
                     },

@@ -28,7 +28,7 @@ pub fn config(data: &[u8]) {
     assert_eq!(raw.clone().or(raw.clone()), raw);
     assert_eq!(Raw::default().or(raw.clone()), raw);
     // It would be read, whatever file it is.
-    let raw = Raw { admin_token_file: None, ..raw };
+    let raw = Raw { admin_token_file: None, prestop_token_file: None, prestop: None, ..raw };
     for needs_daemons in [false, true] {
         let settings = match raw.clone().validate(needs_daemons) {
             Ok(settings) => settings,
@@ -103,6 +103,8 @@ fn written(raw: &Raw) -> String {
         listen,
         admin,
         admin_token_file,
+        prestop,
+        prestop_token_file,
         daemons,
         kubernetes,
         scaler,
@@ -137,8 +139,9 @@ fn written(raw: &Raw) -> String {
         log_level,
     } = raw;
     put("listen", listen.as_ref().map(|all| Value::Array(all.iter().map(listener).collect())));
-    let token_file = admin_token_file.as_ref().map(|path| Value::String(path.display().to_string()));
-    put("admin_token_file", token_file);
+    for (name, path) in [("admin_token_file", admin_token_file), ("prestop_token_file", prestop_token_file)] {
+        put(name, path.as_ref().map(|path| Value::String(path.display().to_string())));
+    }
     for (name, value) in [("admin", admin), ("daemons", daemons), ("session_env", session_env)] {
         put(name, texts(value));
     }
@@ -159,6 +162,7 @@ fn written(raw: &Raw) -> String {
         ("session_grace", session_grace),
         ("slot_linger", slot_linger),
         ("container_lease", container_lease),
+        ("prestop", prestop),
         ("kubernetes", kubernetes),
         ("scaler", scaler),
         ("scale_spare", scale_spare),

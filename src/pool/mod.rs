@@ -5,8 +5,10 @@ pub mod about;
 pub mod client;
 pub mod cordon;
 mod deep;
+mod departure;
 mod lease;
 mod lookup;
+pub mod notes;
 pub mod scaler;
 pub mod status;
 mod ticket;
@@ -30,7 +32,7 @@ use crate::engine::scaling::Growth;
 use crate::engine::{self, Engine};
 use crate::error::{Error, Kind as ErrorKind};
 use crate::metrics::{Metrics, cause_word, health_word, state_word};
-use crate::provision::{DaemonSpec, Endpoint, Observation};
+use crate::provision::{DaemonSpec, Endpoint, Note, Observation};
 use about::About;
 pub use lease::Lease;
 use status::{DaemonStatus, QueueStatus, SessionStatus, Status, TicketStatus};
@@ -210,6 +212,8 @@ pub struct Pool {
     next_log: AtomicU64,
     /// Clients that wait for the first daemon and are no work yet.
     newcomers: AtomicU32,
+    /// What is to be told of the pool elsewhere.
+    words: Mutex<Vec<Note>>,
 }
 
 impl Pool {
@@ -240,6 +244,7 @@ impl Pool {
             nowhere: Mutex::default(),
             next_log: AtomicU64::new(0),
             newcomers: AtomicU32::new(0),
+            words: Mutex::default(),
         })
     }
 
@@ -606,8 +611,14 @@ impl Pool {
         }
     }
 
-    fn observe(self: &Arc<Self>, observation: Observation) {
+    fn observe(self: &Arc<Self>, mut observation: Observation) {
         let mut state = self.lock();
+        if let Some(alarm) = observation.alarm.take() {
+            if !state.problems.contains(&alarm) {
+                self.tell("WrongPodRemoved", true, alarm.clone());
+            }
+            observation.problems.push(alarm);
+        }
         for problem in &observation.problems {
             if !state.problems.contains(problem) {
                 tracing::warn!("{problem}");

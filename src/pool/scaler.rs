@@ -99,7 +99,12 @@ impl Pool {
             let known = state.scaler.as_ref().is_some_and(|s| s.faults.contains(fault));
             if !known {
                 tracing::warn!("a daemon does not come up: {fault}");
+                self.tell("DaemonStuck", true, format!("a daemon does not come up: {fault}"));
             }
+        }
+        if active && status.reason == Reason::Maximum {
+            let text = "work waits, and there are as many daemons as there may be";
+            self.tell("PoolFull", true, format!("{text}: {}", status.desired));
         }
         state.scaler = Some(status);
         if state.growth != growth {
@@ -158,7 +163,13 @@ async fn apply(pool: &Arc<Pool>, changes: &mpsc::Sender<Change>, step: &Step) ->
         }
         Step::Grow { from, to } => {
             tracing::info!(from, to, "scaling up");
+            let waiting = pool.view().waiting;
             ask(changes, step).await?;
+            pool.tell(
+                "ScaledUp",
+                false,
+                format!("from {from} to {to} daemons: {waiting} builds or others wait"),
+            );
             pool.asked_for(*to);
         }
         Step::Remove { daemon, from } => {
@@ -168,7 +179,13 @@ async fn apply(pool: &Arc<Pool>, changes: &mpsc::Sender<Change>, step: &Step) ->
             }
             tracing::info!(%daemon, from, to = from - 1, "scaling down");
             ask(changes, step).await?;
-            pool.asked_for(from - 1);
+            let to = from - 1;
+            pool.tell(
+                "ScaledDown",
+                false,
+                format!("from {from} to {to} daemons: {daemon} is idle and not needed"),
+            );
+            pool.asked_for(to);
         }
     }
     Ok(())

@@ -136,7 +136,7 @@ where
             () = follow(addresses, options, resolve, tx) => {}
         }
     });
-    Running { observations, stopped, stop, changes: None }
+    Running { observations, stopped, stop, changes: None, notes: None }
 }
 
 /// Resolves, tells what changed, waits; until nobody listens.

@@ -5,7 +5,11 @@
 //! confirms the picture. Without an answer (the API server is down or slow, says 410 or 429, the watch is being
 //! restarted) nothing is said, and the last known pool goes on serving.
 //!
+//! What is written for others to read is in [`notes`].
+//!
 //! Needs, in the Deployment's namespace: `deployments/scale` get and update, `pods` list, watch and patch.
+
+mod notes;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -101,17 +105,26 @@ pub async fn start(target: Target) -> Result<Running, String> {
     let (stop, stopping) = oneshot::channel();
     let provisioner = Provisioner {
         pods: Api::namespaced(client.clone(), &namespace),
-        deployments: Api::namespaced(client, &namespace),
+        deployments: Api::namespaced(client.clone(), &namespace),
         target,
         tx,
     };
+    let writer = notes::Notes {
+        pods: provisioner.pods.clone(),
+        events: Api::namespaced(client, &namespace),
+        deployments: provisioner.deployments.clone(),
+        deployment: provisioner.target.deployment.clone(),
+        namespace,
+    };
+    let (notes, written) = mpsc::channel(1);
+    tokio::spawn(writer.run(written));
     let stopped = tokio::spawn(async move {
         tokio::select! {
             _ = stopping => {}
             () = provisioner.run(asked) => {}
         }
     });
-    Ok(Running { observations, stopped, stop, changes: Some(changes) })
+    Ok(Running { observations, stopped, stop, changes: Some(changes), notes: Some(notes) })
 }
 
 struct Provisioner {
@@ -366,7 +379,8 @@ impl Seen {
         Observation {
             blind: false,
             daemons: there().map(|pod| spec(pod, port)).collect(),
-            problems: self.alarm.iter().map(|(alarm, _)| alarm.clone()).collect(),
+            problems: Vec::new(),
+            alarm: self.alarm.as_ref().map(|(alarm, _)| alarm.clone()),
             replicas: self.replicas,
             rollout: owners.len() > 1,
         }
@@ -611,7 +625,7 @@ mod tests {
             seen.victim = Some("b".into());
             seen.take(watcher::Event::Apply(leaving(goes)));
             let observation = seen.observation(2375);
-            assert_eq!(observation.problems.len(), alarms, "{:?}", observation.problems);
+            assert_eq!(observation.alarm.iter().len(), alarms, "{:?}", observation.alarm);
             assert!(observation.daemons.iter().any(|d| d.id == goes && d.draining));
         }
     }

@@ -19,6 +19,7 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::engine::autoscaler::{Removal, Step};
+use crate::engine::model::DaemonId;
 
 /// The longest path of a Unix socket (`sun_path` has 108 bytes, the last of them 0).
 pub const MAX_SOCKET_PATH: usize = 107;
@@ -77,6 +78,8 @@ pub struct Observation {
     pub daemons: Vec<DaemonSpec>,
     /// Faults to tell the operator about, each a sentence (`cannot resolve dind.ci: …`).
     pub problems: Vec<String>,
+    /// Another daemon went than the one that was chosen, not long ago: a sentence.
+    pub alarm: Option<String>,
     /// How many daemons it has been asked for; `None` where nobody can ask for more or fewer, or it is not known.
     pub replicas: Option<u32>,
     /// Whether it is replacing daemons of its own accord: then it decides who goes.
@@ -92,6 +95,45 @@ pub struct Change {
     pub done: oneshot::Sender<Result<(), String>>,
 }
 
+/// Something to be written down where others look.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Note {
+    /// Whether a daemon has work on it, for those who may remove the machine under it.
+    Mark {
+        /// Which daemon.
+        daemon: DaemonId,
+        /// Whether it has.
+        busy: bool,
+    },
+    /// Something that happened to the pool.
+    Word {
+        /// One of a fixed set of words, `ScaledUp`.
+        reason: &'static str,
+        /// Whether somebody should look into it.
+        warning: bool,
+        /// A sentence.
+        text: String,
+    },
+}
+
+/// Why a note was not written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Unwritten {
+    /// dindpool may not.
+    Forbidden(String),
+    /// Anything else, which may go away.
+    Failed(String),
+}
+
+/// A note, and who waits for what came of it.
+#[derive(Debug)]
+pub struct Writing {
+    /// What is to be written.
+    pub note: Note,
+    /// Takes the answer.
+    pub done: oneshot::Sender<Result<(), Unwritten>>,
+}
+
 /// A running provisioner: observations come out of it until it is dropped or stopped.
 pub struct Running {
     /// The latest observations, in order.
@@ -103,6 +145,8 @@ pub struct Running {
     /// Takes what is asked of it, if it can make more or fewer daemons. While it can see at all, it tells what it sees
     /// again and again then: what was not confirmed for long is not known.
     pub changes: Option<mpsc::Sender<Change>>,
+    /// Takes what is to be written down, where there is a place for it.
+    pub notes: Option<mpsc::Sender<Writing>>,
 }
 
 /// An open connection to a daemon.

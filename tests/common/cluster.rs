@@ -199,6 +199,21 @@ impl Cluster {
         Frozen(pid)
     }
 
+    /// Has etcd forget all that was there before now, through its own HTTP gateway.
+    pub fn compact(&self) {
+        let ask = |path: &str, body: &str| -> Value {
+            let script = format!("curl -fsS --noproxy '*' -d '{body}' http://127.0.0.1:2379{path}");
+            let mut nsenter = Command::new("nsenter");
+            nsenter.args(["--net=/run/netns/dindpool-kube", "sh", "-c", &script]);
+            let answer = nsenter.output().expect("nsenter runs");
+            assert!(answer.status.success(), "{path}: {}", String::from_utf8_lossy(&answer.stderr));
+            serde_json::from_slice(&answer.stdout).expect("JSON")
+        };
+        let now = ask("/v3/kv/range", "{\"key\":\"AA==\"}");
+        let revision = now["header"]["revision"].as_str().expect("a revision").to_owned();
+        ask("/v3/kv/compaction", &format!("{{\"revision\":{revision}}}"));
+    }
+
     /// Kills the API server, which all tests of this binary share, and starts it again when `away` has returned.
     pub fn restart_api_server(&self, away: impl FnOnce()) {
         let pid = api_server();
@@ -241,6 +256,7 @@ metadata: {{name: dindpool}}
 rules:
 - {{apiGroups: [apps], resources: [deployments/scale], resourceNames: [{deployment}], verbs: [get, update]}}
 - {{apiGroups: [''], resources: [pods], verbs: [list, watch, patch]}}
+- {{apiGroups: [events.k8s.io], resources: [events], verbs: [create]}}
 ---
 apiVersion: rbac.authorization.k8s.io/v1
 kind: RoleBinding
@@ -312,6 +328,50 @@ pub fn dindpool_image(name: &str, archive: &Path) {
     run(Command::new("tar").arg("-C").arg(&root).arg("-cf").arg(&tar).arg("."));
     let config = r#"{"Entrypoint": ["dindpool"], "Env": ["PATH=/usr/local/bin"], "User": "65532:65532"}"#;
     run(Command::new(here.join("tests/cluster/image")).arg(archive).arg(name).arg(&tar).arg(config));
+}
+
+/// The token of preStop hooks in tests.
+pub const TOKEN: &str = "a-token-of-the-tests";
+
+/// Docker daemons as [`dind`], whose pods are ended by deploy/prestop.sh, within `grace` seconds. The hook asks at
+/// `url`.
+pub fn dind_with_prestop(name: &str, replicas: usize, url: &str, grace: u32) -> String {
+    let hook = include_str!("../../deploy/prestop.sh").replace('\n', "\n    ");
+    let container = format!(
+        "lifecycle: {{preStop: {{exec: {{command: [sh, /etc/dindpool/prestop.sh]}}}}}}
+        env:
+        - {{name: DINDPOOL_PRESTOP_URL, value: '{url}'}}
+        - {{name: PRESTOP_QUIET, value: '3'}}
+        - {{name: POD_NAME, valueFrom: {{fieldRef: {{fieldPath: metadata.name}}}}}}
+        volumeMounts:
+        - {{name: hook, mountPath: /etc/dindpool}}
+        - {{name: data,"
+    );
+    let deployment = dind(name, replicas)
+        .replace("terminationGracePeriodSeconds: 5", &format!("terminationGracePeriodSeconds: {grace}"))
+        .replace("volumeMounts: [{name: data,", &container)
+        .replace("/var/lib/docker}]", "/var/lib/docker}")
+        .replace(
+            "      volumes:\n",
+            "      volumes:\n      - name: hook\n        projected: {sources: [{configMap: {name: hook}}, \
+             {secret: {name: hook}}]}\n",
+        );
+    format!(
+        "
+apiVersion: v1
+kind: ConfigMap
+metadata: {{name: hook}}
+data:
+  prestop.sh: |
+    {hook}
+---
+apiVersion: v1
+kind: Secret
+metadata: {{name: hook}}
+stringData: {{prestop-token: {TOKEN}}}
+---
+{deployment}"
+    )
 }
 
 /// The running cluster. Its addresses are there once on a machine, so it has a lock for as long as it lives.

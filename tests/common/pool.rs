@@ -91,6 +91,13 @@ impl Pool {
         Addr::parse(line.trim_start_matches("listening on "))
     }
 
+    /// Where it listens for preStop hooks, if it was told to: `http://…`.
+    pub fn prestop(&self) -> String {
+        let lines = self.lines.lock().unwrap();
+        let line = lines.iter().find_map(|l| l.strip_prefix("prestop on "));
+        line.expect("a listener of preStop hooks").to_owned()
+    }
+
     /// Where its admin listener is.
     pub fn admin_url(&self) -> String {
         self.admin.url().replace("tcp://", "")

@@ -8,9 +8,12 @@ use common::cluster::{self, Cluster};
 use common::http::{self, Addr};
 use common::{say, secs, wait_until};
 
+mod api;
 mod chart;
 #[path = "../common/mod.rs"]
 mod common;
+mod evict;
+mod notes;
 mod pool;
 
 /// The API server that all tests share: written by the one that stops it.

@@ -215,6 +215,8 @@ impl Shadow {
                     member.drain.get_or_insert(*deadline);
                 }
             }
+            // They move only what the engine may choose freely.
+            Event::Growth(_) | Event::Leaving { .. } | Event::LetGo { .. } => {}
             Event::Tick => {
                 for container in self.containers.values_mut() {
                     if container.until.is_some_and(|until| until <= now) {

@@ -58,7 +58,8 @@ struct News {
 pub(super) fn run(pool: Pool) -> Running {
     let (tx, observations) = mpsc::channel(1);
     let (stop, stop_rx) = oneshot::channel();
-    Running { observations, stopped: tokio::spawn(coordinate(pool, tx, stop_rx)), stop, changes: None }
+    let stopped = tokio::spawn(coordinate(pool, tx, stop_rx));
+    Running { observations, stopped, stop, changes: None, notes: None }
 }
 
 async fn coordinate(pool: Pool, tx: mpsc::Sender<Observation>, mut stopped: oneshot::Receiver<()>) {
