@@ -2,6 +2,7 @@
 
 mod admin;
 mod cordon;
+mod scale;
 mod serve;
 mod simulate;
 mod status;

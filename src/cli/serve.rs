@@ -6,6 +6,7 @@ use clap::Args;
 
 use tokio::sync::watch;
 
+use super::scale::Scale;
 use super::{Common, hangups, signals};
 use crate::app::{self, Sockets};
 use crate::config::{Raw, Settings};
@@ -33,32 +34,6 @@ pub struct Serve {
     scale: Scale,
 }
 
-/// How many daemons there are to be.
-#[derive(Debug, Clone, Args)]
-struct Scale {
-    /// on, or off: somebody else changes the number of daemons (HPA, KEDA), and dindpool only tells it [default: on]
-    #[arg(long, env = "DINDPOOL_SCALER", value_name = "WORD")]
-    scaler: Option<String>,
-    /// The least number of daemons; with 0 an idle pool is empty [default: 1]
-    #[arg(long, env = "DINDPOOL_SCALE_MIN", value_name = "N")]
-    scale_min: Option<u32>,
-    /// The greatest number of daemons [default: 10]
-    #[arg(long, env = "DINDPOOL_SCALE_MAX", value_name = "N")]
-    scale_max: Option<u32>,
-    /// What is kept free for the next builds: a number of slots, or a share of those in use, 20% [default: 0]
-    #[arg(long, env = "DINDPOOL_SCALE_SPARE", value_name = "SPARE")]
-    scale_spare: Option<String>,
-    /// How many daemons are added at a time [default: 4]
-    #[arg(long, env = "DINDPOOL_SCALE_STEP", value_name = "N")]
-    scale_step: Option<u32>,
-    /// For how long fewer daemons must have been enough before one goes [default: 5m]
-    #[arg(long, env = "DINDPOOL_SCALE_STABILISATION", value_name = "TIME")]
-    scale_stabilisation: Option<String>,
-    /// How long a daemon may take to start before nobody waits for it [default: 2m]
-    #[arg(long, env = "DINDPOOL_SCALE_STARTUP", value_name = "TIME")]
-    scale_startup: Option<String>,
-}
-
 impl Serve {
     pub async fn run(self) -> anyhow::Result<()> {
         let settings = self.settings()?;
@@ -83,27 +58,11 @@ impl Serve {
         if !self.daemon.is_empty() {
             raw.daemons = Some(self.daemon.clone());
         }
-        let Scale {
-            scaler,
-            scale_min,
-            scale_max,
-            scale_spare,
-            scale_step,
-            scale_stabilisation,
-            scale_startup,
-        } = self.scale.clone();
         let typed = Raw {
             kubernetes: self.kubernetes.clone(),
             prestop: self.prestop.clone(),
             prestop_token_file: self.prestop_token_file.clone(),
-            scaler,
-            scale_min,
-            scale_max,
-            scale_spare,
-            scale_step,
-            scale_stabilisation,
-            scale_startup,
-            ..Raw::default()
+            ..self.scale.clone().raw()
         };
         raw = typed.or(raw);
         Ok(raw.validate(true)?)

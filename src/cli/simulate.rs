@@ -1,11 +1,14 @@
-//! `dindpool simulate`: the balancing against other policies, on a simulated day.
+//! `dindpool simulate`: the balancing, or the autoscaler, against other policies, on a simulated day.
 
-use clap::Args;
+use clap::{Args, Subcommand};
 
-use crate::simulate::{self, Plan, Workload};
+use crate::simulate::{self, Plan, Workload, scaling};
 
 #[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct Simulate {
+    #[command(subcommand)]
+    what: Option<What>,
     /// Daemons of the pool
     #[arg(long, default_value_t = 16, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     daemons: u16,
@@ -41,8 +44,79 @@ pub struct Simulate {
     json: bool,
 }
 
+#[derive(Debug, Subcommand)]
+enum What {
+    /// Compare the autoscaler with HPA, KEDA and fixed pools on a day of a CI system
+    Scaling(Scaling),
+}
+
+#[derive(Debug, Args)]
+struct Scaling {
+    /// The greatest number of daemons
+    #[arg(long, default_value_t = 16, value_name = "N", value_parser = clap::value_parser!(u32).range(2..=1000))]
+    max: u32,
+    /// Builds at a time on one daemon
+    #[arg(long, default_value_t = 2, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
+    slots: u32,
+    /// Builds of the day
+    #[arg(long, default_value_t = 1500, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=20_000))]
+    builds: u32,
+    /// How long a build takes in the mean, in seconds
+    #[arg(long, default_value_t = 240, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..=7200))]
+    build: u32,
+    /// How long a daemon takes to start, at least, in seconds
+    #[arg(long, default_value_t = 15, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(0..=3600))]
+    start_min: u32,
+    /// How long a daemon takes to start, at most, in seconds
+    #[arg(long, default_value_t = 60, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(0..=3600))]
+    start_max: u32,
+    /// The first seed
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    seed: u64,
+    /// How many seeds; figures are medians over them
+    #[arg(long, default_value_t = 10, value_name = "N")]
+    seeds: u64,
+    /// Print JSON instead of a table
+    #[arg(long)]
+    json: bool,
+}
+
+impl Scaling {
+    fn run(self) -> anyhow::Result<()> {
+        let start = (self.start_min, self.start_max);
+        anyhow::ensure!(start.0 <= start.1, "--start-min {}: more than --start-max {}", start.0, start.1);
+        let build = f64::from(self.build);
+        let day = scaling::Day {
+            max: self.max,
+            slots: self.slots,
+            builds: self.builds,
+            build,
+            start,
+            ..scaling::Day::default()
+        };
+        // Builds that take longer than a day for all daemons together are never done.
+        let work = f64::from(self.builds) * build / f64::from(self.max / 2 * self.slots);
+        let half = self.max / 2;
+        anyhow::ensure!(
+            work < 86_400.0,
+            "{} builds are more than {half} daemons can do in a day",
+            self.builds
+        );
+        let lines = scaling::run(&scaling::Plan { day, seed: self.seed, seeds: self.seeds });
+        if self.json {
+            println!("{}", serde_json::to_string_pretty(&lines)?);
+        } else {
+            print!("{}", scaling::table(&lines));
+        }
+        Ok(())
+    }
+}
+
 impl Simulate {
     pub fn run(self) -> anyhow::Result<()> {
+        if let Some(What::Scaling(scaling)) = self.what {
+            return scaling.run();
+        }
         if let Some(load) = self.load.iter().find(|load| !(**load > 0.0 && **load <= 2.0)) {
             anyhow::bail!("--load {load}: use a number above 0 and up to 2");
         }

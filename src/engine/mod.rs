@@ -184,6 +184,8 @@ pub struct Engine {
     held: session::Held,
     warm: warm::Warm,
     growth: scaling::Growth,
+    /// An autoscaler tells whether anybody comes.
+    scaled: bool,
     range: Option<(ApiVersion, ApiVersion)>,
     /// Collected while one event is handled.
     effects: Vec<Effect>,
@@ -209,6 +211,7 @@ impl Engine {
             held: session::Held::default(),
             warm: warm::Warm::default(),
             growth: scaling::Growth::default(),
+            scaled: false,
             range: None,
             effects: Vec::new(),
             next_open: 0,

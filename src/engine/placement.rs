@@ -364,7 +364,9 @@ impl Engine {
                     _ if d.is_leaving() => "leaving",
                     _ => "ready",
                 };
-                let why = d.why();
+                // That nobody listens there yet is less than why.
+                let fault = (d.state == State::Starting).then(|| self.fault_of(&d.id)).flatten();
+                let why = fault.map_or_else(|| d.why(), str::to_string);
                 if why.is_empty() { format!("{} {what}", d.id) } else { format!("{} {what} ({why})", d.id) }
             })
             .collect();

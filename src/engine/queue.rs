@@ -569,7 +569,9 @@ impl Engine {
 
     /// Whether a daemon is on its way: then work waits for it instead of being refused.
     pub fn expects_room(&self) -> bool {
-        self.growth.coming || self.daemons.values().any(|d| d.state == State::Starting && d.expected)
+        // An autoscaler knows better how long a daemon takes to start here.
+        self.growth.coming
+            || !self.scaled && self.daemons.values().any(|d| d.state == State::Starting && d.expected)
     }
 }
 

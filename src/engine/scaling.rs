@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::autoscaler::{Candidate, Made, Phase, Removal};
 use super::model::*;
 use super::session::Owned;
-use super::{Engine, Session};
+use super::{Daemon, Engine, Session};
 
 /// Whether more daemons are on their way, or will be asked for.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -18,13 +18,38 @@ pub struct Growth {
     pub faults: Vec<String>,
 }
 
+/// What stands between the reason why a daemon does not start and when it is tried again.
+pub const STARTING_AGAIN: &str = "; starting";
+
+/// A fault without when it is tried again, which changes all the time.
+pub fn cause(fault: &str) -> &str {
+    fault.split(STARTING_AGAIN).next().unwrap_or(fault)
+}
+
 impl Engine {
     /// The autoscaler's word. When nobody comes any more, those who wait for that hear why.
     pub(super) fn growing(&mut self, growth: Growth) {
+        self.scaled = true;
         let came = std::mem::replace(&mut self.growth, growth).coming;
         if came && !self.growth.coming {
             self.refuse_if_nobody_comes();
         }
+    }
+
+    /// Why a daemon does not come up, as the autoscaler has it.
+    pub(super) fn fault_of(&self, daemon: &DaemonId) -> Option<&str> {
+        self.growth
+            .faults
+            .iter()
+            .find_map(|fault| Some(cause(fault.strip_prefix(daemon.as_str())?.strip_prefix(": ")?)))
+    }
+
+    /// What is the matter with daemons that are to come, for who waits: nothing, where those that are there are only
+    /// busy.
+    pub fn why_waiting(&self) -> Option<String> {
+        let fault = self.growth.faults.first().map(|fault| cause(fault).to_string());
+        let nobody = !self.daemons.values().any(Daemon::takes_sessions);
+        fault.or_else(|| (nobody && self.growth.coming).then(|| "a daemon is starting".into()))
     }
 
     /// The work that waits and that a new daemon could take: not what is bound to a daemon or needs something that
@@ -114,6 +139,10 @@ mod tests {
         engine.handle(Event::Growth(Growth { coming: true, faults: Vec::new() }), Time::from_secs(5));
         assert!(!refused(&ask(&mut engine, "b")));
         assert_eq!(engine.waits_for_anybody(), 1);
+        assert_eq!(engine.why_waiting().as_deref(), Some("a daemon is starting"));
+        let faults = vec!["d-0: no space left; starting again in 4 s".to_string()];
+        engine.handle(Event::Growth(Growth { coming: true, faults }), Time::from_secs(6));
+        assert_eq!(engine.why_waiting().as_deref(), Some("d-0: no space left"));
         let faults = vec!["d-1: ImagePullBackOff".to_string()];
         let effects = engine.handle(Event::Growth(Growth { coming: false, faults }), Time::from_secs(6));
         assert!(effects.iter().any(|effect| matches!(
@@ -121,6 +150,22 @@ mod tests {
             Effect::Refused { refusal: Refusal::NoDaemon(why), .. } if why.contains("ImagePullBackOff")
         )));
         assert_eq!(engine.waits_for_anybody(), 0);
+    }
+
+    #[test]
+    fn nobody_waits_for_a_daemon_that_the_autoscaler_has_given_up() {
+        let mut engine = Engine::new(Config::default(), 1);
+        engine.handle(observed(&["a"]), Time::ZERO);
+        engine.handle(Event::Growth(Growth { coming: true, faults: Vec::new() }), Time::from_secs(1));
+        let refused = |effects: &[Effect]| effects.iter().any(|e| matches!(e, Effect::Refused { .. }));
+        assert!(!refused(&ask(&mut engine, "b")), "it is on its way");
+        let faults = vec!["a: no space left; starting again in 2 s".to_string()];
+        let effects = engine.handle(Event::Growth(Growth { coming: false, faults }), Time::from_secs(9));
+        assert!(effects.iter().any(|effect| matches!(
+            effect,
+            Effect::Refused { refusal: Refusal::NoDaemon(why), .. } if why.contains("a starting (no space left)")
+        )), "long before the engine's own patience is over: {effects:?}");
+        assert!(refused(&ask(&mut engine, "c")));
     }
 
     #[test]

@@ -10,7 +10,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::Pool;
 use crate::engine::autoscaler::{self, Autoscaler, Decision, Reason, Step, View};
 use crate::engine::model::*;
-use crate::engine::scaling::Growth;
+use crate::engine::scaling::{Growth, cause};
 use crate::provision::{Change, DaemonSpec};
 
 /// Between two looks.
@@ -96,7 +96,8 @@ impl Pool {
         let growth = Growth { coming: decision.coming, faults: decision.stuck.clone() };
         let mut state = self.lock();
         for fault in &decision.stuck {
-            let known = state.scaler.as_ref().is_some_and(|s| s.faults.contains(fault));
+            let fault = cause(fault);
+            let known = state.scaler.as_ref().is_some_and(|s| s.faults.iter().any(|f| cause(f) == fault));
             if !known {
                 tracing::warn!("a daemon does not come up: {fault}");
                 self.tell("DaemonStuck", true, format!("a daemon does not come up: {fault}"));

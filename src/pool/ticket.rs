@@ -46,6 +46,11 @@ impl Ticket {
         self.pool.lock().engine.position(self.request)
     }
 
+    /// Why daemons that are to come are not there, if that is what it waits for.
+    pub fn why(&self) -> Option<String> {
+        self.pool.lock().engine.why_waiting()
+    }
+
     fn take(&mut self, answer: Result<Granted, Refusal>) -> Result<Lease, Error> {
         self.answered = true;
         match answer {

@@ -471,14 +471,7 @@ fn slots(pod: &Pod, port: u16) -> Option<u32> {
     let container = containers.iter().find(listens).or(containers.first())?;
     let limits = container.resources.as_ref()?.limits.as_ref()?;
     let limit = |name: &str| limits.get(name).and_then(|q| quantity(&q.0));
-    let by_cpu = limit("cpu").map(|cpus| cpus / 2.0);
-    let by_memory = limit("memory").map(|bytes| bytes / f64::from(1_u32 << 31));
-    let least = match (by_cpu, by_memory) {
-        (Some(a), Some(b)) => a.min(b),
-        (Some(one), None) | (None, Some(one)) => one,
-        (None, None) => return None,
-    };
-    Some((least as u32).max(1))
+    super::slots_by_limits(limit("cpu"), limit("memory"))
 }
 
 /// A number of Kubernetes: `500m`, `4`, `8Gi`, `8G`, `1e3`.

@@ -4,6 +4,8 @@
 //! missed message heals with the next one, and a provisioner that cannot see (DNS down, API server down)
 //! simply says nothing and the last known pool goes on serving.
 
+mod crew;
+pub mod docker;
 pub mod fixed;
 pub mod kubernetes;
 pub mod process;
@@ -174,6 +176,19 @@ impl Endpoint {
             Endpoint::Unix(path) => Ok(Stream::Unix(UnixStream::connect(path).await?)),
         }
     }
+}
+
+/// Slots by the limits of a daemon's container, one for two processors and one for 2 GiB: a dockerd in a container sees
+/// the processors and the memory of its machine.
+fn slots_by_limits(cpus: Option<f64>, memory: Option<f64>) -> Option<u32> {
+    let by_cpu = cpus.map(|cpus| cpus / 2.0);
+    let by_memory = memory.map(|bytes| bytes / f64::from(1_u32 << 31));
+    let least = match (by_cpu, by_memory) {
+        (Some(a), Some(b)) => a.min(b),
+        (Some(one), None) | (None, Some(one)) => one,
+        (None, None) => return None,
+    };
+    Some((least as u32).max(1))
 }
 
 /// Turns on TCP keepalive, so that a peer whose machine vanished is noticed within 30 s. Never

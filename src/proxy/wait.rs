@@ -80,7 +80,7 @@ pub async fn wait(
                 // A client that has not read the last sign of life needs no further one, and must not be waited for:
                 // its lease may come at any moment.
                 if client.is_flushed().await.map_err(gone)? {
-                    let bytes = beat(manner, told, ticket.position(), &mut shown);
+                    let bytes = beat(manner, told, ticket.position(), ticket.why(), &mut shown);
                     client.offer(&bytes).await.map_err(gone)?;
                 }
                 let stalled = client.buffered().len() >= AHEAD;
@@ -95,7 +95,8 @@ fn beat(
     manner: Manner,
     told: &mut Told,
     place: Option<(usize, usize)>,
-    shown: &mut Option<(usize, usize)>,
+    why: Option<String>,
+    shown: &mut Option<String>,
 ) -> Vec<u8> {
     let mut out = String::new();
     if let (false, Manner::Lines(api)) = (told.answered, manner) {
@@ -106,11 +107,15 @@ fn beat(
         }
         out.push_str("Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n");
     }
-    let line = match place {
-        Some((position, of)) if *shown != Some((position, of)) => {
-            *shown = Some((position, of));
-            let text = format!("Waiting for a free daemon: position {position} of {of}\n");
-            format!("{}\r\n", serde_json::json!({ "stream": text }))
+    let text = place.map(|(position, of)| {
+        let why = why.map(|why| format!(" ({why})")).unwrap_or_default();
+        format!("Waiting for a free daemon: position {position} of {of}{why}\n")
+    });
+    let line = match text {
+        Some(text) if shown.as_ref() != Some(&text) => {
+            let line = format!("{}\r\n", serde_json::json!({ "stream": text }));
+            *shown = Some(text);
+            line
         }
         _ => "\r\n".to_string(),
     };
@@ -153,13 +158,18 @@ mod tests {
     fn a_place_is_shown_once_and_life_every_second() {
         let (mut told, mut shown) = (Told::default(), None);
         let manner = Manner::Lines(Some((1, 45)));
-        let mut next = |place| String::from_utf8(beat(manner, &mut told, place, &mut shown)).unwrap();
-        let first = next(Some((3, 7)));
+        let mut next = |place, why: Option<&str>| {
+            let why = why.map(str::to_string);
+            String::from_utf8(beat(manner, &mut told, place, why, &mut shown)).unwrap()
+        };
+        let first = next(Some((3, 7)), None);
         assert!(
             first.starts_with("HTTP/1.1 200 OK\r\nApi-Version: 1.45\r\nContent-Type: application/json\r\n")
         );
         assert!(first.ends_with("Waiting for a free daemon: position 3 of 7\\n\"}\r\n\r\n"));
-        assert_eq!(next(Some((3, 7))), "2\r\n\r\n\r\n");
-        assert!(next(Some((2, 7))).contains("position 2 of 7"));
+        assert_eq!(next(Some((3, 7)), None), "2\r\n\r\n\r\n");
+        assert!(next(Some((2, 7)), None).contains("position 2 of 7"));
+        assert!(next(Some((2, 7)), Some("no space")).contains("position 2 of 7 (no space)"));
+        assert_eq!(next(Some((2, 7)), Some("no space")), "2\r\n\r\n\r\n");
     }
 }

@@ -7,6 +7,7 @@
 
 mod ours;
 mod policies;
+pub mod scaling;
 mod workload;
 mod world;
 

@@ -9,6 +9,7 @@ pub mod client;
 pub mod cluster;
 pub mod daemon;
 pub mod dockerd;
+pub mod engine;
 pub mod fake_daemon;
 pub mod helm;
 pub mod http;

@@ -57,6 +57,20 @@ impl Pool {
         }
     }
 
+    /// Local dockerds, as many as there is work for, up to `max`.
+    pub fn scaled(dockerd: &Path, max: usize) -> PoolBuilder {
+        let mut builder = Pool::up(&[dockerd.to_path_buf()], max);
+        builder.args = builder.args.split_off(2);
+        builder.arg("--scale-min").arg("0").arg("--scale-max").arg(max.to_string())
+    }
+
+    /// Containers of the engine at this socket; how many is up to the caller.
+    pub fn containers(engine: &Addr, image: &str) -> PoolBuilder {
+        let mut builder = Pool::up(&[], 0);
+        builder.args = ["--provisioner", "docker", "--image", image].map(String::from).to_vec();
+        builder.env("DOCKER_HOST", &engine.url())
+    }
+
     /// A proxy in front of daemons that somebody else runs.
     pub fn serve<'a>(daemons: impl IntoIterator<Item = &'a Addr>) -> PoolBuilder {
         let args = daemons.into_iter().flat_map(|addr| ["--daemon".into(), addr.url()]).collect();
@@ -220,6 +234,12 @@ impl Pool {
     /// A folder that lives as long as the pool.
     pub fn dir(&self) -> &Path {
         self.dir.path()
+    }
+
+    /// Kills it, as a machine's end would: nothing is put in order.
+    pub fn kill(mut self) {
+        self.process.kill().expect("the pool lives");
+        self.process.wait().expect("the pool ends");
     }
 
     /// Ends it as `kill` does, and tells its exit status.

@@ -10,9 +10,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc as std_mpsc;
 use std::time::{Duration, Instant};
 
+use dindpool::engine::autoscaler::Step;
 use dindpool::provision::process::{self, Options};
-use dindpool::provision::{DaemonSpec, Endpoint, Observation, Running};
-use tokio::sync::{mpsc, watch};
+use dindpool::provision::{Change, DaemonSpec, Endpoint, Observation, Running};
+use tokio::sync::{mpsc, oneshot, watch};
 
 /// Where `tests/parts/install` puts what tests need.
 pub fn parts() -> PathBuf {
@@ -71,7 +72,8 @@ pub fn options(data: &Path, daemons: usize, versions: &[&str]) -> Options {
 pub struct Pool {
     pub data: PathBuf,
     latest: watch::Receiver<Observation>,
-    stop: tokio::sync::oneshot::Sender<()>,
+    changes: Option<mpsc::Sender<Change>>,
+    stop: oneshot::Sender<()>,
     stopped: tokio::task::JoinHandle<()>,
 }
 
@@ -82,14 +84,22 @@ impl Pool {
     }
 
     fn watch(data: PathBuf, running: Running) -> Pool {
-        let Running { mut observations, stopped, stop, .. } = running;
+        let Running { mut observations, stopped, stop, changes, notes: _ } = running;
         let (tx, latest) = watch::channel(Observation::default());
         tokio::spawn(async move {
             while let Some(observation) = observations.recv().await {
                 tx.send_replace(observation);
             }
         });
-        Pool { data, latest, stop, stopped }
+        Pool { data, latest, changes, stop, stopped }
+    }
+
+    /// Asks for more or fewer daemons.
+    pub async fn change(&self, step: Step) -> Result<(), String> {
+        let (done, answer) = oneshot::channel();
+        let change = Change { step, done };
+        self.changes.as_ref().expect("it scales").send(change).await.expect("it runs");
+        answer.await.expect("an answer")
     }
 
     /// Waits until the latest observation is as wanted.

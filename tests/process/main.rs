@@ -1,7 +1,10 @@
 //! Pools of real local dockerd: they live side by side, come back after a death, and leave nothing behind.
 #![allow(clippy::unwrap_used)] // a test that panics has failed, and says where
 
+#[path = "../common/mod.rs"]
+mod common;
 mod harness;
+mod scaling;
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;

@@ -216,7 +216,7 @@ impl Shadow {
                 }
             }
             // They move only what the engine may choose freely.
-            Event::Growth(_) | Event::Leaving { .. } | Event::LetGo { .. } => {}
+            Event::Leaving { .. } | Event::LetGo { .. } => {}
             Event::Tick => {
                 for container in self.containers.values_mut() {
                     if container.until.is_some_and(|until| until <= now) {

@@ -151,6 +151,36 @@ pub(super) async fn reap(run_dir: &Path, own: &str) {
     }
 }
 
+/// The name that a daemon's directory has while it is being removed: a start that finds half of it would be worse than
+/// one that finds nothing.
+pub(super) const GOING: &str = "going";
+
+/// Removes a daemon's data for good.
+///
+/// # Errors
+/// What the file system says. The next dindpool on the same data tries again.
+pub(super) fn remove_data(data: &Path) -> Result<(), String> {
+    let going = data.with_extension(GOING);
+    let fault = |error: std::io::Error| format!("{} cannot be removed: {error}", data.display());
+    if going.exists() {
+        fs::remove_dir_all(&going).map_err(fault)?;
+    }
+    fs::rename(data, &going).map_err(fault)?;
+    fs::remove_dir_all(&going).map_err(fault)
+}
+
+/// Removes what was being removed when a dindpool was killed.
+pub(super) fn finish_removals(data: &Path) {
+    for entry in fs::read_dir(data).into_iter().flatten().flatten() {
+        let path = entry.path();
+        if path.extension().is_some_and(|extension| extension == GOING)
+            && let Err(error) = fs::remove_dir_all(&path)
+        {
+            tracing::warn!("{} cannot be removed: {error}", path.display());
+        }
+    }
+}
+
 /// Removes a pool's run directory and registration, and its data if that is temporary: of that directory only
 /// what is ours, so that a careless `--data /home` costs nobody's home.
 pub(super) async fn forget(run_dir: &Path, pool: &Registration) {
@@ -159,6 +189,7 @@ pub(super) async fn forget(run_dir: &Path, pool: &Registration) {
         if pool.remove_data {
             for (id, _) in &pool.daemons {
                 let _ = fs::remove_dir_all(pool.data.join(id));
+                let _ = fs::remove_dir_all(pool.data.join(id).with_extension(GOING));
             }
             for file in [DATA_ID, DATA_LOCK] {
                 let _ = fs::remove_file(pool.data.join(file));
@@ -186,6 +217,19 @@ mod tests {
         end(dir.path(), Duration::from_secs(100)).await.unwrap();
         fs::write(dir.path().join(state::KEEPER_LOCK), "1\n").unwrap();
         end(dir.path(), Duration::from_secs(100)).await.unwrap(); // process 1 has not got it
+    }
+
+    #[test]
+    fn what_was_half_removed_is_removed_by_the_next_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let (one, half) = (dir.path().join("dind-1"), dir.path().join("dind-2.going"));
+        fs::create_dir_all(one.join("root")).unwrap();
+        fs::create_dir_all(half.join("root")).unwrap();
+        remove_data(&one).unwrap();
+        assert!(!one.exists() && half.exists());
+        fs::create_dir_all(dir.path().join("dind-3")).unwrap();
+        finish_removals(dir.path());
+        assert!(!half.exists() && dir.path().join("dind-3").exists());
     }
 
     #[tokio::test]

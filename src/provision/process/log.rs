@@ -61,7 +61,7 @@ pub(super) fn end_line(log: &str) -> Option<String> {
 
 /// The line of a daemon's log that tells best why it did not start: the last one that is an error or comes
 /// without logging dress (`failed to start daemon: …`), else the last one.
-pub(super) fn telling_line(log: &str) -> Option<String> {
+pub(in crate::provision) fn telling_line(log: &str) -> Option<String> {
     let mut last = None;
     let mut telling = None;
     for line in log.lines().map(str::trim).filter(|line| !line.is_empty()) {

@@ -32,9 +32,13 @@ use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::sync::mpsc;
 
-use super::Running;
+use super::{Running, crew};
+use prepare::Prepared;
+
+pub(super) use log::telling_line;
 
 /// The hidden subcommand: `dindpool __exec-daemon FILE`.
 pub const EXEC_DAEMON: &str = "__exec-daemon";
@@ -42,8 +46,11 @@ pub const EXEC_DAEMON: &str = "__exec-daemon";
 /// What to run, and where.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// How many daemons.
+    /// How many daemons; at least so many at first, in a pool that scales.
     pub daemons: usize,
+    /// The pool takes changes of the number of daemons: so many at most are started at first, where an earlier pool has
+    /// left data of more. `None`: the number stays.
+    pub most: Option<usize>,
     /// The binaries: daemon i runs the i-th modulo their number, so that a pool may mix versions. Each uses
     /// the containerd and runc beside it, if there are any. A bare name is looked up in PATH.
     pub dockerd: Vec<PathBuf>,
@@ -75,6 +82,7 @@ impl Options {
     pub fn new(data: impl AsRef<Path>) -> Options {
         Options {
             daemons: 2,
+            most: None,
             dockerd: vec![PathBuf::from("dockerd")],
             data: data.as_ref().to_path_buf(),
             remove_data: false,
@@ -109,5 +117,20 @@ impl std::error::Error for Faults {}
 /// # Errors
 /// All faults at once.
 pub async fn start(options: Options) -> Result<Running, Faults> {
-    Ok(supervise::run(prepare::prepare(options).await?))
+    let Prepared { site, first, problems } = prepare::prepare(options).await?;
+    let scales = site.scales;
+    Ok(crew::run(site, first, scales, problems))
+}
+
+/// Whether all of these dockerd binaries are installed here.
+pub fn is_installed(dockerd: &[PathBuf]) -> bool {
+    dockerd.iter().all(|wanted| network::find(wanted, &network::search_path(None)).is_some())
+}
+
+/// Whether `GET /_ping` is answered by 200 on this connection. The caller sets the deadline.
+pub(super) async fn ping(mut stream: impl AsyncRead + AsyncWrite + Unpin) -> std::io::Result<bool> {
+    stream.write_all(b"GET /_ping HTTP/1.1\r\nHost: dindpool\r\nConnection: close\r\n\r\n").await?;
+    let mut head = [0; 12];
+    stream.read_exact(&mut head).await?;
+    Ok(head.starts_with(b"HTTP/1.") && head.ends_with(b" 200"))
 }

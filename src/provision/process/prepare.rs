@@ -1,16 +1,21 @@
 //! From the user's options to a pool that is decided upon and locked. Whatever speaks against it is found
 //! here, all of it at once, before anything is started.
 
+use std::collections::BTreeSet;
 use std::fs;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 use std::time::Duration;
+
+use tokio::sync::{Mutex, mpsc};
 
 use super::address::{self, Subnet};
 use super::namespace::PRIVATE;
 use super::plan::{self, Features, Launch, Link, Resolver};
 use super::state::{self, Held, Lock, Registration};
-use super::supervise::{Pool, say};
+use super::supervise::say;
 use super::{Faults, Options, cleanup, network};
 use crate::provision::MAX_SOCKET_PATH;
 
@@ -18,6 +23,8 @@ use crate::provision::MAX_SOCKET_PATH;
 const SYSTEMD_UPSTREAM: &str = "/run/systemd/resolve/resolv.conf";
 /// So many daemons have names that fit an interface's.
 const MOST_DAEMONS: usize = 1000;
+/// How long another dindpool may hold the register.
+const REGISTER_PATIENCE: Duration = Duration::from_secs(60);
 
 /// A binary that was found to work.
 struct Binary {
@@ -27,8 +34,41 @@ struct Binary {
     docker_proxy: bool,
 }
 
+/// What every daemon of a pool is made from: checked and locked.
+pub(super) struct Site {
+    /// The pool's id.
+    pub pool: String,
+    /// Where the register is.
+    pub run_dir: PathBuf,
+    /// Whether there may be more and fewer daemons.
+    pub scales: bool,
+    /// Its entry in the register.
+    pub registration: Mutex<Registration>,
+    /// See [`Options`].
+    pub ready_deadline: Duration,
+    /// See [`Options`].
+    pub self_exe: PathBuf,
+    /// See [`Options`].
+    pub progress: Option<mpsc::UnboundedSender<String>>,
+    binaries: Vec<Binary>,
+    extra_args: Vec<String>,
+    stop_grace: Duration,
+    network: Option<(Ipv4Addr, u8)>,
+    mtu: u32,
+    resolv: Option<PathBuf>,
+    /// Held until everything is removed.
+    _locks: [Lock; 2],
+}
+
+/// A site, the daemons that there are at first, and what the operator should know for as long as the pool runs.
+pub(super) struct Prepared {
+    pub site: Arc<Site>,
+    pub first: Vec<(usize, Launch)>,
+    pub problems: Vec<String>,
+}
+
 /// Checks, reaps, locks, adopts names, decides.
-pub(super) async fn prepare(mut options: Options) -> Result<Pool, Faults> {
+pub(super) async fn prepare(mut options: Options) -> Result<Prepared, Faults> {
     let mut faults = Vec::new();
     for path in [&mut options.data, &mut options.run_dir, &mut options.self_exe] {
         match std::path::absolute(&*path) {
@@ -64,12 +104,11 @@ pub(super) async fn prepare(mut options: Options) -> Result<Pool, Faults> {
         Held::Fault(error) => format!("cannot lock {}: {error}", options.data.display()),
     };
     let data_lock = Lock::try_take(&options.data.join(cleanup::DATA_LOCK)).map_err(in_use)?;
+    let data = options.data.clone();
+    cleanup::blocking(move || cleanup::finish_removals(&data)).await;
 
     // From here to the registration no other dindpool chooses names or addresses, or reaps.
-    let register = options.run_dir.join("register.lock");
-    let register_lock = Lock::take(&register, Duration::from_secs(60))
-        .await
-        .map_err(|held| format!("cannot lock {}: {held}", register.display()))?;
+    let register_lock = lock_register(&options.run_dir).await?;
     let id = pool_id(&options)?;
     cleanup::reap(&options.run_dir, &id).await;
     let run = options.run_dir.join(&id);
@@ -77,11 +116,20 @@ pub(super) async fn prepare(mut options: Options) -> Result<Pool, Faults> {
     let owner_lock = Lock::try_take(&run.join(cleanup::OWNER_LOCK)).map_err(in_use)?;
 
     let former: Option<Registration> = state::read(&state::registration_file(&options.run_dir, &id));
-    let machine = cleanup::blocking(|| (network::uplink_mtu(), network::taken())).await;
-    let (mtu, taken) = machine.ok_or_else(|| "cannot look at the machine's networks".to_string())?;
-    let registration = register_pool(&options, &id, former.as_ref(), mtu, taken?)?;
-    drop(register_lock);
-
+    let wanted = at_first(&options, &run, former.as_ref());
+    let mtu = cleanup::blocking(network::uplink_mtu).await.unwrap_or(1500);
+    let registration = Registration {
+        pool: id.clone(),
+        data: options.data.clone(),
+        remove_data: options.remove_data,
+        // A former cable is kept: a daemon that still runs hangs on it.
+        daemons: former
+            .iter()
+            .flat_map(|former| former.daemons.iter())
+            .filter(|(name, _)| index(name).is_some_and(|index| wanted.contains(&index)))
+            .cloned()
+            .collect(),
+    };
     let mut problems = Vec::new();
     let conf = fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
     let resolv = match plan::resolver(&conf, Path::new(SYSTEMD_UPSTREAM).exists()) {
@@ -97,94 +145,175 @@ pub(super) async fn prepare(mut options: Options) -> Result<Pool, Faults> {
         }
     };
     problems.iter().for_each(|problem| say(options.progress.as_ref(), problem));
+    let site = Site {
+        pool: id.clone(),
+        run_dir: options.run_dir.clone(),
+        scales: options.most.is_some(),
+        registration: Mutex::new(registration),
+        ready_deadline: options.ready_deadline,
+        self_exe: options.self_exe.clone(),
+        progress: options.progress.clone(),
+        binaries,
+        extra_args: options.extra_args.clone(),
+        stop_grace: options.stop_grace,
+        network: options.network,
+        mtu,
+        resolv,
+        _locks: [data_lock, owner_lock],
+    };
+    let launches = site.register_locked(&wanted).await?;
+    drop(register_lock);
+    end_surplus(&options, &id, former.as_ref(), &wanted).await;
+    let first = wanted.into_iter().zip(launches).collect();
+    Ok(Prepared { site: Arc::new(site), first, problems })
+}
 
-    let mut launches = Vec::new();
-    let mut versions = Vec::new();
-    for (index, (name, link)) in registration.daemons.iter().take(options.daemons).enumerate() {
-        let binary = &binaries[index % binaries.len()];
-        let (data, run) = (options.data.join(name), run.join(name));
-        create_private(&data)?;
-        create_private(&run)?;
+/// While it is held no other dindpool chooses names or addresses, or reaps.
+async fn lock_register(run_dir: &Path) -> Result<Lock, String> {
+    let register = run_dir.join("register.lock");
+    let taken = Lock::take(&register, REGISTER_PATIENCE).await;
+    taken.map_err(|held| format!("cannot lock {}: {held}", register.display()))
+}
+
+impl Site {
+    /// Gives further daemons a cable and a place.
+    pub async fn register(&self, indices: &[usize]) -> Result<Vec<Launch>, String> {
+        if let Some(index) = indices.iter().find(|index| **index >= MOST_DAEMONS) {
+            return Err(format!("{index} daemons: {MOST_DAEMONS} is the most"));
+        }
+        let _lock = lock_register(&self.run_dir).await?;
+        self.register_locked(indices).await
+    }
+
+    /// The same under the register's lock: a former cable, or one that touches nothing; written down before anything
+    /// is made.
+    async fn register_locked(&self, indices: &[usize]) -> Result<Vec<Launch>, String> {
+        let mut registration = self.registration.lock().await;
+        let known = |index: &&usize| registration.daemons.iter().any(|(id, _)| *id == name(**index));
+        let missing: Vec<usize> = indices.iter().filter(|index| !known(index)).copied().collect();
+        let mut taken = match cleanup::blocking(network::taken).await {
+            Some(taken) => taken?,
+            None => return Err("cannot look at the machine's networks".to_string()),
+        };
+        for other in state::registrations(&self.run_dir) {
+            taken.extend(other.subnets());
+        }
+        taken.extend(registration.subnets());
+        let networks: Vec<Subnet> = match self.network {
+            Some((address, prefix)) => vec![Subnet::around(address, prefix)],
+            None => address::NETWORKS.to_vec(),
+        };
+        let seed = u32::from_str_radix(&self.pool, 16).unwrap_or(0);
+        let chosen = address::choose(&networks, &taken, seed, missing.len()).ok_or_else(|| {
+            let tried: Vec<String> = networks.iter().map(ToString::to_string).collect();
+            format!(
+                "no free network for {} daemons in {}: this machine uses them; name another one",
+                missing.len(),
+                tried.join(", ")
+            )
+        })?;
+        let mut new = registration.clone();
+        for (index, subnet) in missing.into_iter().zip(chosen) {
+            let veth = plan::veth(&self.pool, index);
+            new.daemons.push((name(index), Link { veth, subnet, mtu: self.mtu }));
+        }
+        new.daemons.sort_by_key(|(name, _)| index(name));
+        self.write(&new)?;
+        *registration = new;
+        let link = |index: &usize| {
+            let (_, link) = registration.daemons.iter().find(|(id, _)| *id == name(*index))?;
+            Some(self.launch(*index, link, &registration))
+        };
+        Ok(indices.iter().filter_map(link).collect())
+    }
+
+    /// A daemon is no more.
+    pub async fn unregister(&self, index: usize) {
+        let mut registration = self.registration.lock().await;
+        registration.daemons.retain(|(id, _)| *id != name(index));
+        // At worst a later dindpool looks for something that is not there.
+        if let Err(fault) = self.write(&registration) {
+            tracing::warn!("{fault}");
+        }
+    }
+
+    fn write(&self, registration: &Registration) -> Result<(), String> {
+        let file = state::registration_file(&self.run_dir, &self.pool);
+        state::write(&file, registration).map_err(|error| format!("{}: {error}", file.display()))
+    }
+
+    fn launch(&self, index: usize, link: &Link, registration: &Registration) -> Launch {
+        let (name, binary) = (name(index), &self.binaries[index % self.binaries.len()]);
+        let (data, run) = (registration.data.join(&name), self.run_dir.join(&self.pool).join(&name));
         let features = Features { version: binary.version, docker_proxy: binary.docker_proxy, mtu: link.mtu };
-        launches.push(Launch {
-            pool: id.clone(),
-            id: name.clone(),
+        Launch {
+            pool: self.pool.clone(),
             dockerd: binary.path.clone(),
-            args: plan::arguments(&id, name, &data, &run, features, &options.extra_args),
+            args: plan::arguments(&self.pool, &name, &data, &run, features, &self.extra_args),
+            id: name,
             data,
             run,
             link: link.clone(),
-            resolv: resolv.clone(),
-            die_with_owner: options.remove_data,
-            stop_grace: options.stop_grace,
-        });
-        versions.push(binary.shown.clone());
+            resolv: self.resolv.clone(),
+            die_with_owner: registration.remove_data,
+            stop_grace: self.stop_grace,
+        }
     }
-    end_surplus(&options, &id, former.as_ref()).await;
-    Ok(Pool {
-        launches,
-        versions,
-        problems,
-        registration,
-        run_dir: options.run_dir,
-        locks: vec![data_lock, owner_lock],
-        ready_deadline: options.ready_deadline,
-        self_exe: options.self_exe,
-        progress: options.progress,
-    })
+
+    /// The version of its dockerd, to show.
+    pub fn version(&self, launch: &Launch) -> &str {
+        let binary = self.binaries.iter().find(|binary| binary.path == launch.dockerd);
+        binary.map_or("", |binary| &binary.shown)
+    }
+}
+
+/// Which daemons there are at first. A fixed pool has the first so many. One that scales takes back whoever still runs,
+/// and whoever has data (it was not scaled down, so something may be on it) up to its maximum; the autoscaler takes away
+/// what is not needed.
+fn at_first(options: &Options, run: &Path, former: Option<&Registration>) -> Vec<usize> {
+    let Some(most) = options.most else { return (0..options.daemons).collect() };
+    let names = former.into_iter().flat_map(|former| former.daemons.iter().map(|(name, _)| name));
+    let runs = |name: &&String| state::holder(&run.join(name).join(state::KEEPER_LOCK)).is_some();
+    let mut first: BTreeSet<usize> = names.filter(runs).filter_map(|name| index(name)).collect();
+    let entries = fs::read_dir(&options.data).into_iter().flatten().flatten();
+    let with_data = entries.filter(|entry| entry.path().join("root").is_dir());
+    let with_data: BTreeSet<usize> = with_data
+        .filter_map(|entry| index(entry.file_name().to_str()?))
+        .filter(|i| *i < MOST_DAEMONS)
+        .collect();
+    for index in with_data {
+        if first.len() < most {
+            first.insert(index);
+        }
+    }
+    for index in 0.. {
+        if first.len() >= options.daemons {
+            break;
+        }
+        first.insert(index);
+    }
+    first.into_iter().collect()
 }
 
 fn name(index: usize) -> String {
     format!("dind-{index}")
 }
 
+/// The number in a name.
+fn index(name: &str) -> Option<usize> {
+    let number: usize = name.strip_prefix("dind-")?.parse().ok()?;
+    (self::name(number) == name).then_some(number)
+}
+
 /// Daemons of a former, larger pool on the same data.
-async fn end_surplus(options: &Options, pool: &str, former: Option<&Registration>) {
-    let surplus = former.into_iter().flat_map(|former| former.daemons.iter().skip(options.daemons));
-    for (id, link) in surplus {
+async fn end_surplus(options: &Options, pool: &str, former: Option<&Registration>, wanted: &[usize]) {
+    let former = former.into_iter().flat_map(|former| former.daemons.iter());
+    for (id, link) in former.filter(|(id, _)| index(id).is_none_or(|index| !wanted.contains(&index))) {
         let run = options.run_dir.join(pool).join(id);
         let ended = cleanup::daemon(&run, pool, id, &link.veth, options.stop_grace).await;
         let text = ended.map_or_else(|fault| fault, |()| "stopped: the pool is smaller now".to_string());
         say(options.progress.as_ref(), &format!("{id}: {text}"));
     }
-}
-
-/// Gives each daemon a cable: its former one, or one that touches nothing; and writes it down.
-fn register_pool(
-    options: &Options,
-    pool: &str,
-    former: Option<&Registration>,
-    mtu: u32,
-    mut taken: Vec<Subnet>,
-) -> Result<Registration, String> {
-    for other in state::registrations(&options.run_dir) {
-        taken.extend(other.subnets());
-    }
-    // A former cable is kept: a daemon that still runs hangs on it, and so its own network is taken, by itself.
-    let mut daemons: Vec<(String, Link)> = former.map(|former| former.daemons.clone()).unwrap_or_default();
-    daemons.truncate(options.daemons);
-    let networks: Vec<Subnet> = match options.network {
-        Some((address, prefix)) => vec![Subnet::around(address, prefix)],
-        None => address::NETWORKS.to_vec(),
-    };
-    let seed = u32::from_str_radix(pool, 16).unwrap_or(0);
-    let missing = options.daemons - daemons.len();
-    let chosen = address::choose(&networks, &taken, seed, missing).ok_or_else(|| {
-        let tried: Vec<String> = networks.iter().map(ToString::to_string).collect();
-        format!(
-            "no free network for {missing} daemons in {}: this machine uses them; name another one",
-            tried.join(", ")
-        )
-    })?;
-    for subnet in chosen {
-        let index = daemons.len();
-        daemons.push((name(index), Link { veth: plan::veth(pool, index), subnet, mtu }));
-    }
-    let (data, remove_data) = (options.data.clone(), options.remove_data);
-    let registration = Registration { pool: pool.to_string(), data, remove_data, daemons };
-    let file = state::registration_file(&options.run_dir, pool);
-    state::write(&file, &registration).map_err(|error| format!("{}: {error}", file.display()))?;
-    Ok(registration)
 }
 
 /// The id that belongs to the data, or a new one. A copied data directory brings its original's id along:
@@ -205,7 +334,7 @@ fn pool_id(options: &Options) -> Result<String, String> {
 }
 
 /// A directory for root alone: whoever reaches a daemon's socket is root on this machine.
-fn create_private(dir: &Path) -> Result<(), String> {
+pub(super) fn create_private(dir: &Path) -> Result<(), String> {
     use std::os::unix::fs::DirBuilderExt as _;
     let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
     made.map_err(|error| format!("cannot create {}: {error}", dir.display()))
@@ -213,8 +342,9 @@ fn create_private(dir: &Path) -> Result<(), String> {
 
 fn check_options(options: &Options) -> Vec<String> {
     let mut faults = Vec::new();
-    if options.daemons == 0 || options.daemons > MOST_DAEMONS {
-        faults.push(format!("{} daemons: expected 1 to {MOST_DAEMONS}", options.daemons));
+    let most = options.most.unwrap_or(options.daemons);
+    if most == 0 || most > MOST_DAEMONS {
+        faults.push(format!("{most} daemons: expected 1 to {MOST_DAEMONS}"));
     }
     if options.dockerd.is_empty() {
         faults.push("no dockerd named".to_string());
@@ -222,7 +352,7 @@ fn check_options(options: &Options) -> Vec<String> {
     for arg in plan::forbidden(&options.extra_args) {
         faults.push(format!("`{arg}`: dindpool sets this itself, for each daemon another"));
     }
-    let longest = options.run_dir.join("00000000").join(name(options.daemons)).join("docker.sock");
+    let longest = options.run_dir.join("00000000").join(name(most)).join("docker.sock");
     let length = longest.as_os_str().len();
     if length > MAX_SOCKET_PATH {
         faults.push(format!(
@@ -349,6 +479,23 @@ mod tests {
         }
         assert_eq!(faults.len(), 6);
         assert_eq!(check_options(&Options::new("/var/lib/dindpool")), Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_pool_that_scales_takes_back_what_has_data_up_to_its_maximum() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in
+            ["dind-1/root", "dind-3/root", "dind-4/root", "dind-2.going/root", "dind-05/root", "thesis/root"]
+        {
+            fs::create_dir_all(dir.path().join(name)).unwrap();
+        }
+        let first = |daemons: usize, most: Option<usize>| {
+            at_first(&Options { daemons, most, ..Options::new(dir.path()) }, dir.path(), None)
+        };
+        assert_eq!(first(2, None), [0, 1], "a fixed pool has the first");
+        assert_eq!(first(0, Some(8)), [1, 3, 4]);
+        assert_eq!(first(0, Some(2)), [1, 3]);
+        assert_eq!(first(5, Some(8)), [0, 1, 2, 3, 4]);
     }
 
     #[test]

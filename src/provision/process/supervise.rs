@@ -1,134 +1,73 @@
-//! Keeps the daemons running and tells what is going on: one task per daemon, and one that puts their news
-//! together into observations.
+//! Keeps the daemons running: one task for each, which tells what is going on.
 
+use std::fs;
 use std::net::IpAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Stdio;
+use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::process::{Child, ChildStdin, Command};
-use tokio::sync::{mpsc, oneshot, watch};
-use tokio::task::JoinSet;
+use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::log::{self, Log};
 use super::plan::{self, Launch};
-use super::state::{self, Lock, Process, Registration, State};
+use super::prepare::{Site, create_private};
+use super::state::{self, Process, State};
 use super::{EXEC_DAEMON, Faults, cleanup};
-use crate::provision::{DaemonSpec, Endpoint, Observation, Running};
+use crate::engine::scaling::STARTING_AGAIN;
+use crate::provision::crew::{Maker, News, Order, Pause, Post};
+use crate::provision::{DaemonSpec, Endpoint};
 
 /// How often somebody looks after a daemon that runs.
 const HOUSEKEEPING: Duration = Duration::from_secs(60);
-/// A daemon that was up for this long has recovered: its next death is a new one.
-const RECOVERED: Duration = Duration::from_secs(60);
 /// How often a starting daemon is asked whether it is there.
 const PING_INTERVAL: Duration = Duration::from_millis(50);
+/// In the directory of a daemon that was made because there was work: it goes with the daemon.
+const SCALED: &str = "dindpool.scaled";
 
-/// A pool that has been decided upon and locked, ready to run.
-pub(super) struct Pool {
-    /// Its daemons.
-    pub launches: Vec<Launch>,
-    /// The version of each one's dockerd, to show.
-    pub versions: Vec<String>,
-    /// What the operator should know for as long as the pool runs.
-    pub problems: Vec<String>,
-    /// Its entry in the register.
-    pub registration: Registration,
-    /// Where the register is.
-    pub run_dir: PathBuf,
-    /// Held until everything is removed.
-    pub locks: Vec<Lock>,
-    /// See [`super::Options`].
-    pub ready_deadline: Duration,
-    /// See [`super::Options`].
-    pub self_exe: PathBuf,
-    /// See [`super::Options`].
-    pub progress: Option<mpsc::UnboundedSender<String>>,
-}
+impl Maker for Site {
+    type Plan = Launch;
 
-/// News of one daemon.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-struct News {
-    pending: Option<String>,
-    problem: Option<String>,
-}
-
-/// Starts the tasks.
-pub(super) fn run(pool: Pool) -> Running {
-    let (tx, observations) = mpsc::channel(1);
-    let (stop, stop_rx) = oneshot::channel();
-    let stopped = tokio::spawn(coordinate(pool, tx, stop_rx));
-    Running { observations, stopped, stop, changes: None, notes: None }
-}
-
-async fn coordinate(pool: Pool, tx: mpsc::Sender<Observation>, mut stopped: oneshot::Receiver<()>) {
-    let (news_tx, mut news_rx) = mpsc::unbounded_channel();
-    let (stop, stop_rx) = watch::channel(false);
-    let mut tasks = JoinSet::new();
-    for (index, launch) in pool.launches.iter().enumerate() {
-        let supervisor = Supervisor {
-            index,
-            launch: launch.clone(),
-            version: pool.versions[index].clone(),
-            ready_deadline: pool.ready_deadline,
-            self_exe: pool.self_exe.clone(),
-            progress: pool.progress.clone(),
-            news: news_tx.clone(),
-            stop: stop_rx.clone(),
-        };
-        tasks.spawn(supervisor.run());
+    async fn plan(&self, indices: &[usize]) -> Result<Vec<Launch>, String> {
+        self.register(indices).await
     }
-    let starting = News { pending: Some("waiting to start".to_string()), problem: None };
-    let mut news = vec![starting; pool.launches.len()];
-    let mut told = false;
-    loop {
-        tokio::select! {
-            // A dropped sender means the same.
-            _ = &mut stopped => break,
-            () = tx.closed() => break,
-            Some((index, latest)) = news_rx.recv() => {
-                let slot: &mut News = &mut news[index];
-                told &= *slot == latest;
-                *slot = latest;
-            }
-            permit = tx.reserve(), if !told => {
-                let Ok(permit) = permit else { break };
-                permit.send(observe(&pool, &news, false));
-                told = true;
-            }
+
+    fn spec(&self, launch: &Launch) -> DaemonSpec {
+        spec(launch, Some("waiting to start".to_string()), false)
+    }
+
+    async fn live(self: Arc<Self>, launch: Launch, post: Post) -> bool {
+        let version = self.version(&launch).to_string();
+        Supervisor { site: self, launch, version, post, fresh: false, been_up: false, fault: None }
+            .run()
+            .await
+    }
+
+    async fn removed(&self, index: usize) {
+        self.unregister(index).await;
+    }
+
+    async fn end(&self, gone: bool) {
+        if gone {
+            // Otherwise the register keeps the names, so that a later dindpool may try again.
+            cleanup::forget(&self.run_dir, &*self.registration.lock().await).await;
         }
     }
-    let _ = tx.try_send(observe(&pool, &news, true));
-    let _ = stop.send(true);
-    let mut gone = true;
-    while let Some(end) = tasks.join_next().await {
-        gone &= end.unwrap_or(false);
-    }
-    if gone {
-        // Otherwise the register keeps the names, so that a later dindpool may try again.
-        cleanup::forget(&pool.run_dir, &pool.registration).await;
-    }
-    drop(pool.locks);
 }
 
-fn observe(pool: &Pool, news: &[News], draining: bool) -> Observation {
-    let daemon = |(launch, news): (&Launch, &News)| DaemonSpec {
+fn spec(launch: &Launch, pending: Option<String>, faulty: bool) -> DaemonSpec {
+    DaemonSpec {
         id: launch.id.clone(),
         endpoint: Some(Endpoint::Unix(launch.socket())),
         source_ips: vec![IpAddr::V4(launch.link.inner())],
         cgroup: Some(plan::cgroup(&launch.pool, &launch.id)),
-        draining,
-        pending: news.pending.clone(),
-        faulty: news.problem.is_some(),
+        draining: false,
+        pending,
+        faulty,
         removal: Default::default(),
         slots: None,
-    };
-    let problems = news.iter().filter_map(|news| news.problem.clone());
-    Observation {
-        daemons: pool.launches.iter().zip(news).map(daemon).collect(),
-        problems: pool.problems.iter().cloned().chain(problems).collect(),
-        ..Observation::default()
     }
 }
 
@@ -179,19 +118,21 @@ impl Keeper {
 }
 
 struct Supervisor {
-    index: usize,
+    site: Arc<Site>,
     launch: Launch,
     version: String,
-    ready_deadline: Duration,
-    self_exe: PathBuf,
-    progress: Option<mpsc::UnboundedSender<String>>,
-    news: mpsc::UnboundedSender<(usize, News)>,
-    stop: watch::Receiver<bool>,
+    post: Post,
+    /// Its data was made by this supervisor.
+    fresh: bool,
+    /// It has been up: what is on it could be seen.
+    been_up: bool,
+    /// Why it did not start the last time.
+    fault: Option<String>,
 }
 
 impl Supervisor {
-    /// Until we are asked to stop. Whether everything of the daemon is gone then.
-    async fn run(self) -> bool {
+    /// Until it is to end. Whether everything of the daemon is gone then.
+    async fn run(mut self) -> bool {
         let mut adopted = self.adoptable().await;
         let mut pause = Pause::default();
         loop {
@@ -199,7 +140,7 @@ impl Supervisor {
             let end = match adopted.take() {
                 Some(state) => {
                     self.say("adopted: its dockerd has been running on");
-                    self.tell(None, None);
+                    self.is_up();
                     self.watch(Keeper::Adopted(state.keeper)).await
                 }
                 None => self.live().await,
@@ -207,14 +148,17 @@ impl Supervisor {
             let End::Died(reason) = end else { break };
             let pause = pause.after(born.elapsed());
             self.say(&format!("{reason}; starting it again in {} s", pause.as_secs_f32()));
-            let problem = format!("{}: {reason} (its log: {})", self.launch.id, self.launch.log().display());
-            self.tell(Some(format!("{reason}; starting again in {} s", pause.as_secs_f32())), Some(problem));
+            self.fault = Some(reason.clone());
+            self.tell(Some(format!("{reason}{STARTING_AGAIN} again in {} s", pause.as_secs_f32())));
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
-                () = self.stopping() => break,
+                () = self.post.ending() => break,
             }
         }
-        let gone = self.clean().await;
+        let mut gone = self.clean().await;
+        if gone.is_ok() && self.post.order() == Order::Remove {
+            gone = self.remove_data().await;
+        }
         match &gone {
             Ok(()) => self.say("stopped"),
             Err(fault) => self.say(fault),
@@ -226,6 +170,34 @@ impl Supervisor {
     async fn clean(&self) -> Result<(), String> {
         let Launch { run, pool, id, link, stop_grace, .. } = &self.launch;
         cleanup::daemon(run, pool, id, &link.veth, *stop_grace).await
+    }
+
+    /// What it had goes with it, if it was made because there was work and nothing on it is unknown: it was seen when
+    /// it was chosen, or nothing of an earlier pool was there.
+    async fn remove_data(&self) -> Result<(), String> {
+        let (data, run) = (self.launch.data.clone(), self.launch.run.clone());
+        let known = self.fresh || self.been_up;
+        let removed = cleanup::blocking(move || {
+            let _ = fs::remove_dir_all(run);
+            if known && data.join(SCALED).exists() { cleanup::remove_data(&data) } else { Ok(()) }
+        });
+        removed.await.unwrap_or(Ok(()))
+    }
+
+    /// Makes its directories. On a full disk that fails as all the rest would.
+    fn make_directories(&mut self) -> Result<(), String> {
+        let Launch { data, run, .. } = &self.launch;
+        let new = !data.join("root").exists();
+        create_private(data)?;
+        create_private(run)?;
+        if new {
+            self.fresh = true;
+            if self.site.scales {
+                let mark = data.join(SCALED);
+                fs::write(&mark, "").map_err(|error| format!("{}: {error}", mark.display()))?;
+            }
+        }
+        Ok(())
     }
 
     /// The running daemon of an earlier dindpool, if it is the one that we want and answers.
@@ -244,12 +216,18 @@ impl Supervisor {
     }
 
     /// One life, from the start to the end.
-    async fn live(&self) -> End {
+    async fn live(&mut self) -> End {
         let born = Instant::now();
         let starting = format!("starting dockerd {}", self.version);
         self.say(&starting);
-        self.tell(Some(starting), None);
+        self.tell(Some(match &self.fault {
+            Some(fault) => format!("{fault}{STARTING_AGAIN} again"),
+            None => starting,
+        }));
         if let Err(fault) = self.clean().await {
+            return End::Died(fault);
+        }
+        if let Err(fault) = self.make_directories() {
             return End::Died(fault);
         }
         let log = match Log::open(self.launch.log()) {
@@ -261,7 +239,9 @@ impl Supervisor {
                 let alive = child.stdin.take();
                 Keeper::Ours { child: Box::new(child), _alive: alive }
             }
-            Err(error) => return End::Died(format!("cannot start {}: {error}", self.self_exe.display())),
+            Err(error) => {
+                return End::Died(format!("cannot start {}: {error}", self.site.self_exe.display()));
+            }
         };
         let socket = self.launch.socket();
         let reason = tokio::select! {
@@ -269,20 +249,20 @@ impl Supervisor {
                 let why = log::telling_line(&log.since()).unwrap_or_else(|| "it said nothing".to_string());
                 format!("dockerd did not start: {why}")
             }
-            () = self.stopping() => {
+            () = self.post.ending() => {
                 keeper.end(self.launch.stop_grace).await;
                 return End::Stopped;
             }
-            ready = tokio::time::timeout(self.ready_deadline, answers(&socket)) => match ready {
+            ready = tokio::time::timeout(self.site.ready_deadline, answers(&socket)) => match ready {
                 Ok(()) => {
                     let took = born.elapsed().as_secs_f32();
                     self.say(&format!("dockerd {} is ready after {took:.1} s", self.version));
-                    self.tell(None, None);
+                    self.is_up();
                     return self.watch(keeper).await;
                 }
                 Err(_) => {
                     let why = log::telling_line(&log.since()).unwrap_or_default();
-                    format!("dockerd gave no answer within {:?}: {why}", self.ready_deadline)
+                    format!("dockerd gave no answer within {:?}: {why}", self.site.ready_deadline)
                 }
             }
         };
@@ -295,7 +275,7 @@ impl Supervisor {
     fn spawn(&self, log: &Log) -> std::io::Result<Child> {
         let file = state::launch_file(&self.launch.run);
         state::write(&file, &self.launch)?;
-        Command::new(&self.self_exe)
+        Command::new(&self.site.self_exe)
             .arg0("dindpool")
             .arg(EXEC_DAEMON)
             .arg(file)
@@ -315,7 +295,7 @@ impl Supervisor {
                 End::Died(log::end_line(&tail).unwrap_or_else(|| "dockerd ended".to_string()))
             }
             () = self.keep_house() => unreachable!("it has no end"),
-            () = self.stopping() => {
+            () = self.post.ending() => {
                 keeper.end(self.launch.stop_grace).await;
                 End::Stopped
             }
@@ -338,38 +318,24 @@ impl Supervisor {
         }
     }
 
-    /// Completes when we are asked to stop.
-    fn stopping(&self) -> impl Future<Output = ()> + use<> {
-        let mut stop = self.stop.clone();
-        async move { drop(stop.wait_for(|stop| *stop).await) }
+    fn is_up(&mut self) {
+        (self.been_up, self.fault) = (true, None);
+        self.tell(None);
     }
 
-    fn tell(&self, pending: Option<String>, problem: Option<String>) {
-        let _ = self.news.send((self.index, News { pending, problem }));
+    /// Tells how it is. What is wrong stays told until it is up again.
+    fn tell(&self, pending: Option<String>) {
+        let log = self.launch.log();
+        let problem = |fault: &String| format!("{}: {fault} (its log: {})", self.launch.id, log.display());
+        let problem = self.fault.as_ref().map(problem);
+        self.post.tell(News { spec: spec(&self.launch, pending, problem.is_some()), problem });
     }
 
     fn say(&self, text: &str) {
         tracing::info!(daemon = self.launch.id, "{text}");
-        if let Some(progress) = &self.progress {
+        if let Some(progress) = &self.site.progress {
             let _ = progress.send(format!("{}: {text}", self.launch.id));
         }
-    }
-}
-
-/// How long to wait before the next start: doubling from 0.5 s to 30 s, so that a daemon that cannot start
-/// does not keep the machine busy, and from the beginning again once one has recovered.
-#[derive(Default)]
-struct Pause {
-    last: Option<Duration>,
-}
-
-impl Pause {
-    fn after(&mut self, lived: Duration) -> Duration {
-        let next = match self.last {
-            Some(last) if lived < RECOVERED => (last * 2).min(Duration::from_secs(30)),
-            _ => Duration::from_millis(500),
-        };
-        *self.last.insert(next)
     }
 }
 
@@ -382,15 +348,8 @@ async fn answers(socket: &Path) {
 
 /// Whether `GET /_ping` is answered by 200 within seconds. Whether the daemon is *well* is not asked here.
 async fn ping(socket: &Path) -> bool {
-    let exchange = async {
-        let mut stream = tokio::net::UnixStream::connect(socket).await?;
-        stream.write_all(b"GET /_ping HTTP/1.1\r\nHost: dindpool\r\nConnection: close\r\n\r\n").await?;
-        let mut head = [0; 12];
-        stream.read_exact(&mut head).await?;
-        std::io::Result::Ok(head)
-    };
-    let answer = tokio::time::timeout(Duration::from_secs(5), exchange).await;
-    matches!(answer, Ok(Ok(head)) if head.starts_with(b"HTTP/1.") && head.ends_with(b" 200"))
+    let exchange = async { super::ping(tokio::net::UnixStream::connect(socket).await?).await };
+    matches!(tokio::time::timeout(Duration::from_secs(5), exchange).await, Ok(Ok(true)))
 }
 
 /// Says a step of the preparation, before there is a daemon that it belongs to.
@@ -403,19 +362,5 @@ pub(super) fn say(progress: Option<&mpsc::UnboundedSender<String>>, text: &str) 
 impl From<String> for Faults {
     fn from(fault: String) -> Faults {
         Faults(vec![fault])
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn restarts_slow_down_and_a_recovered_daemon_starts_anew() {
-        let mut pause = Pause::default();
-        let short = Duration::from_secs(1);
-        let seconds: Vec<f32> = (0..8).map(|_| pause.after(short).as_secs_f32()).collect();
-        assert_eq!(seconds, [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]);
-        assert_eq!(pause.after(RECOVERED), Duration::from_millis(500));
     }
 }
