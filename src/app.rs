@@ -8,9 +8,11 @@ use std::sync::{Arc, PoisonError, RwLock};
 use anyhow::Context;
 use tokio::task::JoinSet;
 
+use crate::admin::token::Token;
 use crate::admin::{self, Admin};
 use crate::config::{Listener, Settings};
 use crate::drain::Drain;
+use crate::election::{self, Identity};
 use crate::metrics::Metrics;
 use crate::pool::{Pool, scaler};
 use crate::provision::Running;
@@ -69,6 +71,12 @@ impl Sockets {
         }
     }
 
+    /// The port of the first admin listener on TCP.
+    fn admin_port(&self) -> Option<u16> {
+        let port = |bound: &Bound| bound.address().rsplit_once(':')?.1.parse().ok();
+        self.admin.iter().filter(|bound| matches!(bound, Bound::Tcp(_))).find_map(port)
+    }
+
     /// The real addresses of the listeners, `tcp://…` and `unix://…`.
     pub fn addresses(&self) -> Vec<String> {
         self.listeners.iter().map(|(_, bound)| bound.address()).collect()
@@ -114,7 +122,19 @@ pub async fn run(
     let Running { observations, stop, stopped, changes } = provisioner;
     let pool_task = tokio::spawn(pool.clone().run(observations));
     let scaler_task = changes.map(|changes| tokio::spawn(scaler::run(pool.clone(), changes)));
-    let admin = Arc::new(Admin::new(pool.clone(), proxy.drain.clone(), settings.admin_token.clone()));
+    let mut admin = Admin::new(pool.clone(), proxy.drain.clone(), settings.admin_token.clone());
+    let election = match &settings.lease {
+        Some(target) => {
+            let identity = Identity::from_env(|name| std::env::var(name).ok()).map_err(anyhow::Error::msg)?;
+            let port = sockets.admin_port().context("the other proxies need an admin listener on TCP")?;
+            let token = Token::random()?;
+            admin.peers = Some(token.clone());
+            let started = election::start(target.clone(), identity, port, token, pool.clone()).await;
+            Some(started.map_err(anyhow::Error::msg)?)
+        }
+        None => None,
+    };
+    let admin = Arc::new(admin);
     let admins: Vec<_> =
         sockets.admin.into_iter().map(|bound| tokio::spawn(admin::run(bound, admin.clone()))).collect();
     let settings = Arc::new(RwLock::new(settings));
@@ -137,6 +157,17 @@ pub async fn run(
     if let Some(task) = &scaler_task {
         task.abort();
     }
+    if let Some(election) = &election {
+        // Whoever comes now is admitted by the next one, and relayed here as long as this process lives.
+        let admitted = pool.admits();
+        election.leave();
+        pool.leave();
+        let lease = settings.read().unwrap_or_else(PoisonError::into_inner).lease.clone();
+        if let Some(target) = lease.filter(|_| admitted) {
+            // Until then the Service leads here, and nowhere else.
+            let _ = tokio::time::timeout(target.duration, pool.succeeded()).await;
+        }
+    }
     reload_task.abort();
     let settings = settings.read().unwrap_or_else(PoisonError::into_inner).clone();
     proxy.drain.leave();
@@ -154,6 +185,9 @@ pub async fn run(
     let cut = proxy.drain.finish(settings.shutdown_grace).await;
     if cut > 0 {
         tracing::warn!(cut, "connections cut at the end of the grace");
+    }
+    if let Some(election) = election {
+        election.stop().await;
     }
     sweep_task.abort();
     pool_task.abort();

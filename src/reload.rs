@@ -90,6 +90,7 @@ impl Settings {
             ("listen", self.listen != new.listen),
             ("admin", self.admin != new.admin),
             ("kubernetes", self.kubernetes != new.kubernetes),
+            ("lease, lease_duration", self.lease != new.lease),
             ("max_connections, max_connections_per_source", self.limits != new.limits),
             ("head_deadline", self.head_deadline != new.head_deadline),
             ("session_env", self.session_env != new.session_env),

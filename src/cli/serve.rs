@@ -21,6 +21,12 @@ pub struct Serve {
     /// The daemons are the pods of this Deployment, which is scaled: NAME, NAMESPACE/NAME or NAMESPACE/NAME:PORT
     #[arg(long, env = "DINDPOOL_KUBERNETES", value_name = "DEPLOYMENT", conflicts_with = "daemon")]
     kubernetes: Option<String>,
+    /// Of several proxies the holder of this Lease admits; needs POD_NAME and POD_IP [default: there is one proxy]
+    #[arg(long, env = "DINDPOOL_LEASE", value_name = "NAME")]
+    lease: Option<String>,
+    /// How long the Lease lasts when its holder does not renew it [default: 15s]
+    #[arg(long, env = "DINDPOOL_LEASE_DURATION", value_name = "TIME")]
+    lease_duration: Option<String>,
     #[command(flatten)]
     scale: Scale,
 }
@@ -86,6 +92,8 @@ impl Serve {
         } = self.scale.clone();
         let typed = Raw {
             kubernetes: self.kubernetes.clone(),
+            lease: self.lease.clone(),
+            lease_duration: self.lease_duration.clone(),
             scaler,
             scale_min,
             scale_max,

@@ -11,6 +11,7 @@ use common::{say, secs, wait_until};
 mod chart;
 #[path = "../common/mod.rs"]
 mod common;
+mod lease;
 mod pool;
 
 /// The API server that all tests share: written by the one that stops it.

@@ -131,6 +131,13 @@ impl Shadow {
         self.check(engine, now);
     }
 
+    /// Requests that are open have other numbers from now on.
+    pub fn renumber(&mut self, numbers: &BTreeMap<OpenId, OpenId>) {
+        let grants = std::mem::take(&mut self.grants).into_iter();
+        self.grants = grants.map(|(open, grant)| (*numbers.get(&open).unwrap_or(&open), grant)).collect();
+        self.opens_seen.extend(numbers.values());
+    }
+
     /// What the event itself says. Returns the grant that it ends.
     fn event(&mut self, event: &Event, now: Time) -> Option<Granted> {
         match event {
@@ -168,7 +175,10 @@ impl Shadow {
                 return Some(gone);
             }
             // They move only what the engine may choose freely.
-            Event::Configured(_)
+            Event::Retired
+            | Event::Import { .. }
+            | Event::Attach(_)
+            | Event::Configured(_)
             | Event::Growth(_)
             | Event::Cordon { .. }
             | Event::Uncordon { .. }
