@@ -161,11 +161,6 @@ impl Cluster {
         done.filter_map(|e| Some((pod(&e)?, e))).collect()
     }
 
-    /// Imports an image archive into the node.
-    pub fn load(&self, archive: &Path) {
-        self.node.cluster("load", &[archive.to_owned()]);
-    }
-
     /// Kills the first process of a container, by its id in containerd.
     pub fn kill(&self, container: &str) {
         let killed = Command::new(parts::dir().join("kubernetes/bin/ctr"))

@@ -43,7 +43,7 @@ fn load_image(cluster: &Cluster) {
         assert!(made.expect("bash runs").success(), "no image of dindpool");
         dir
     });
-    cluster.load(&dir.path().join("dindpool.tar"));
+    cluster.load(&[dir.path().join("dindpool.tar")]);
 }
 
 /// What several proxies need: rights, a Service that selects the label, a Deployment.
