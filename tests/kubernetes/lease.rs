@@ -2,8 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader};
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Instant;
 
@@ -11,7 +10,7 @@ use serde_json::Value;
 
 use crate::common::cluster::{self, Cluster};
 use crate::common::http::{self, Addr};
-use crate::common::{holds_for, parts, poll, say, secs, short_dir, wait_until};
+use crate::common::{holds_for, poll, say, secs, short_dir, wait_until};
 use crate::{API, require};
 
 const IMAGE: &str = "localhost/dindpool:test";
@@ -20,30 +19,13 @@ const LEASE: &str = "dindpool";
 /// The binary under test, as an image on the node.
 fn load_image(cluster: &Cluster) {
     static MADE: OnceLock<tempfile::TempDir> = OnceLock::new();
+    let archive = |dir: &tempfile::TempDir| dir.path().join("dindpool.tar");
     let dir = MADE.get_or_init(|| {
         let dir = short_dir();
-        let script = r#"
-            set -euo pipefail
-            mkdir root && tar -C root -xf "$BUSYBOX"
-            # Without its symbols it is a tenth of the size.
-            strip -o root/dindpool "$BINARY"
-            for library in $(ldd root/dindpool | awk '{ for (i = 1; i <= NF; i++) if ($i ~ /^\//) print $i }'); do
-                mkdir -p "root$(dirname "$library")" && cp -L "$library" "root$library"
-            done
-            tar --owner=0 --group=0 -C root -cf root.tar .
-            "$HERE/image" dindpool.tar "$IMAGE" root.tar '{"Entrypoint": ["/dindpool"]}'"#;
-        let made = Command::new("bash")
-            .args(["-c", script])
-            .current_dir(dir.path())
-            .env("BUSYBOX", parts::busybox("rootfs.tar"))
-            .env("BINARY", env!("CARGO_BIN_EXE_dindpool"))
-            .env("HERE", Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cluster"))
-            .env("IMAGE", IMAGE)
-            .status();
-        assert!(made.expect("bash runs").success(), "no image of dindpool");
+        cluster::dindpool_image(IMAGE, &archive(&dir));
         dir
     });
-    cluster.load(&[dir.path().join("dindpool.tar")]);
+    cluster.load(&[archive(dir)]);
 }
 
 /// What several proxies need: rights, a Service that selects the label, a Deployment.
