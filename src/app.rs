@@ -9,9 +9,11 @@ use anyhow::Context;
 use tokio::task::JoinSet;
 
 use crate::admin::prestop::{self, Prestop};
+use crate::admin::token::Token;
 use crate::admin::{self, Admin};
 use crate::config::{Listener, Settings};
 use crate::drain::Drain;
+use crate::election::{self, Identity};
 use crate::metrics::Metrics;
 use crate::pool::{Pool, notes, scaler};
 use crate::provision::Running;
@@ -81,6 +83,12 @@ impl Sockets {
         }
     }
 
+    /// The port of the first admin listener on TCP.
+    fn admin_port(&self) -> Option<u16> {
+        let port = |bound: &Bound| bound.address().rsplit_once(':')?.1.parse().ok();
+        self.admin.iter().filter(|bound| matches!(bound, Bound::Tcp(_))).find_map(port)
+    }
+
     /// The real addresses of the listeners, `tcp://…` and `unix://…`.
     pub fn addresses(&self) -> Vec<String> {
         self.listeners.iter().map(|(_, bound)| bound.address()).collect()
@@ -128,7 +136,19 @@ pub async fn run(
     let scaler_task = changes.map(|changes| tokio::spawn(scaler::run(pool.clone(), changes)));
     // Whoever scales also writes, and nobody else does.
     let notes_task = notes.map(|to| tokio::spawn(notes::run(pool.clone(), to)));
-    let admin = Arc::new(Admin::new(pool.clone(), proxy.drain.clone(), settings.admin_token.clone()));
+    let mut admin = Admin::new(pool.clone(), proxy.drain.clone(), settings.admin_token.clone());
+    let election = match &settings.lease {
+        Some(target) => {
+            let identity = Identity::from_env(|name| std::env::var(name).ok()).map_err(anyhow::Error::msg)?;
+            let port = sockets.admin_port().context("the other proxies need an admin listener on TCP")?;
+            let token = Token::random()?;
+            admin.peers = Some(token.clone());
+            let started = election::start(target.clone(), identity, port, token, pool.clone()).await;
+            Some(started.map_err(anyhow::Error::msg)?)
+        }
+        None => None,
+    };
+    let admin = Arc::new(admin);
     let admins: Vec<_> =
         sockets.admin.into_iter().map(|bound| tokio::spawn(admin::run(bound, admin.clone()))).collect();
     let prestop = Arc::new(Prestop::new(pool.clone(), settings.prestop_token.clone()));
@@ -152,6 +172,17 @@ pub async fn run(
     shutdown.await;
     // Whoever comes after us decides anew.
     scaler_task.iter().chain(&notes_task).for_each(|task| task.abort());
+    if let Some(election) = &election {
+        // Whoever comes now is admitted by the next one, and relayed here as long as this process lives.
+        let admitted = pool.admits();
+        election.leave();
+        pool.leave();
+        let lease = settings.read().unwrap_or_else(PoisonError::into_inner).lease.clone();
+        if let Some(target) = lease.filter(|_| admitted) {
+            // Until then the Service leads here, and nowhere else.
+            let _ = tokio::time::timeout(target.duration, pool.succeeded()).await;
+        }
+    }
     reload_task.abort();
     let settings = settings.read().unwrap_or_else(PoisonError::into_inner).clone();
     proxy.drain.leave();
@@ -169,6 +200,9 @@ pub async fn run(
     let cut = proxy.drain.finish(settings.shutdown_grace).await;
     if cut > 0 {
         tracing::warn!(cut, "connections cut at the end of the grace");
+    }
+    if let Some(election) = election {
+        election.stop().await;
     }
     sweep_task.abort();
     pool_task.abort();

@@ -11,6 +11,7 @@ use std::time::Duration;
 use toml::Value;
 
 use crate::admin::token::Token;
+use crate::election;
 use crate::engine::autoscaler::Spare;
 use crate::pool;
 use crate::provision::fixed::{self, FixedAddress};
@@ -56,6 +57,10 @@ pub struct Raw {
     pub daemons: Option<Vec<String>>,
     /// A Deployment whose pods are the daemons.
     pub kubernetes: Option<String>,
+    /// The Lease that decides which of several proxies admits.
+    pub lease: Option<String>,
+    /// How long it lasts without a renewal.
+    pub lease_duration: Option<String>,
     /// `on`, or `off`: somebody else changes the number of daemons.
     pub scaler: Option<String>,
     /// The least number of daemons.
@@ -144,6 +149,8 @@ pub struct Settings {
     pub daemons: Vec<FixedAddress>,
     /// The Deployment whose pods are the daemons, instead of fixed ones.
     pub kubernetes: Option<kubernetes::Target>,
+    /// The Lease that decides which of several proxies admits.
+    pub lease: Option<election::Target>,
     /// How the pool behaves.
     pub pool: pool::Config,
     /// How many client connections there may be.
@@ -184,6 +191,8 @@ const KEYS: &[&str] = &[
     "prestop_token_file",
     "daemons",
     "kubernetes",
+    "lease",
+    "lease_duration",
     "scaler",
     "scale_min",
     "scale_max",
@@ -245,6 +254,8 @@ impl Raw {
                 "prestop_token_file" => text_of(value).map(|v| raw.prestop_token_file = Some(v.into())),
                 "daemons" => texts(value).map(|v| raw.daemons = Some(v)),
                 "kubernetes" => text_of(value).map(|v| raw.kubernetes = Some(v)),
+                "lease" => text_of(value).map(|v| raw.lease = Some(v)),
+                "lease_duration" => text_of(value).map(|v| raw.lease_duration = Some(v)),
                 "scaler" => text_of(value).map(|v| raw.scaler = Some(v)),
                 "scale_min" => number(value).map(|v| raw.scale_min = Some(v)),
                 "scale_max" => number(value).map(|v| raw.scale_max = Some(v)),
@@ -297,6 +308,8 @@ impl Raw {
             prestop_token_file: self.prestop_token_file.or(under.prestop_token_file),
             daemons: self.daemons.or(under.daemons),
             kubernetes: self.kubernetes.or(under.kubernetes),
+            lease: self.lease.or(under.lease),
+            lease_duration: self.lease_duration.or(under.lease_duration),
             scaler: self.scaler.or(under.scaler),
             scale_min: self.scale_min.or(under.scale_min),
             scale_max: self.scale_max.or(under.scale_max),
@@ -358,6 +371,20 @@ impl Raw {
             faults
                 .push("daemons, kubernetes: a pool has either fixed daemons or those of a Deployment".into());
         }
+        let plausible = |name: &String| {
+            let good = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+            (1..=63).contains(&name.len()) && name.bytes().all(good)
+        };
+        if let Some(lease) = self.lease.as_ref().filter(|lease| !plausible(lease)) {
+            faults.push(format!("lease: {lease} is no name; use up to 63 of the characters a-z 0-9 -"));
+        }
+        if self.lease.is_some() && self.kubernetes.is_none() {
+            faults.push("lease: only a pool of a Deployment (kubernetes) can have several proxies".into());
+        }
+        if self.lease_duration.is_some() && self.lease.is_none() {
+            faults.push("lease_duration: there is no lease".into());
+        }
+        let mut lease_duration = Duration::from_secs(15);
         if self.slots == Some(0) {
             faults.push("slots: a daemon needs at least one".into());
         }
@@ -426,6 +453,7 @@ impl Raw {
             &mut pool.engine.container_lease,
             Duration::from_secs(1),
         );
+        set("lease_duration", self.lease_duration, &mut lease_duration, Duration::from_secs(3));
         set("scale_stabilisation", self.scale_stabilisation, &mut pool.scale.stabilisation, zero);
         set("scale_startup", self.scale_startup, &mut pool.scale.startup, Duration::from_secs(1));
         set("queue_wait", self.queue_wait, &mut pool.engine.max_wait, Duration::from_secs(1));
@@ -465,6 +493,12 @@ impl Raw {
         if admin.is_empty() {
             faults.push("admin: no address; leave it out for the default, 127.0.0.1:9375".into());
         }
+        let within = |a: &String| a.starts_with("unix://") || Address::Tcp(a.clone()).is_local();
+        if self.lease.is_some() && admin.iter().all(within) {
+            faults.push(
+                "lease, admin: the other proxies must reach the admin listener; use 0.0.0.0:9375".into(),
+            );
+        }
         let admin = admin.iter().filter_map(|a| admin_address("admin", a, &mut faults)).collect();
         let prestop = self.prestop.as_deref().and_then(|a| admin_address("prestop", a, &mut faults));
         if self.prestop.is_some() != self.prestop_token_file.is_some() {
@@ -487,6 +521,7 @@ impl Raw {
             prestop_token,
             daemons,
             kubernetes,
+            lease: self.lease.map(|name| election::Target { name, duration: lease_duration }),
             pool,
             limits,
             head_deadline,

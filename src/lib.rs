@@ -6,6 +6,7 @@
 //! ```text
 //! main → cli → app (composition root)
 //! app → everything below
+//! election → pool, admin::token, engine   which of several proxies admits
 //! admin → pool, metrics        /metrics /livez /readyz /status, cordon and drain
 //! proxy → pool, error, metrics
 //! pool  → engine, provision (the contract), error, metrics
@@ -28,6 +29,7 @@ pub mod app;
 pub mod cli;
 pub mod config;
 pub mod drain;
+pub mod election;
 pub mod engine;
 pub mod error;
 #[doc(hidden)]

@@ -56,6 +56,14 @@ pub struct Metrics {
     pub requests: IntCounterVec,
     /// Errors that the proxy itself answered, by whose fault.
     pub errors: IntCounterVec,
+    /// 1 while this proxy holds the Lease.
+    pub lease_holder: IntGauge,
+    /// How often this proxy has begun and ended to admit, by which.
+    pub lease_changes: IntCounterVec,
+    /// What it has taken over, by kind and where from.
+    pub lease_imports: IntCounterVec,
+    /// Other proxies that are connected.
+    pub lease_peers: IntGauge,
     /// Exchanges that are open.
     pub exchanges: IntGauge,
     /// Tunnels that are open.
@@ -107,6 +115,13 @@ pub struct Metrics {
 }
 
 impl Metrics {
+    /// Another proxy decides: what this one decided last is not told as if it were still so.
+    pub fn not_scaled(&self) {
+        self.desired.set(0);
+        self.replicas.set(0);
+        self.scale_reason.reset();
+    }
+
     /// What the autoscaler has decided.
     pub fn scaled(&self, status: &ScalerStatus) {
         self.desired.set(status.desired.into());
@@ -293,6 +308,21 @@ impl Metrics {
                 "When the configuration that applies was read, in Unix time.",
             )?,
             drains: counters("dindpool_drains_total", "Drains that ended, by how.", &["result"])?,
+            lease_holder: gauge("dindpool_lease_holder", "1 while this proxy of several admits.")?,
+            lease_changes: counters(
+                "dindpool_lease_changes_total",
+                "How often this proxy has begun or ended to admit.",
+                &["change"],
+            )?,
+            lease_imports: counters(
+                "dindpool_lease_imports_total",
+                "What this proxy took over when it began to admit, by kind.",
+                &["kind"],
+            )?,
+            lease_peers: gauge(
+                "dindpool_lease_peers",
+                "Other proxies that are connected to this one to ask it.",
+            )?,
             desired: gauge("dindpool_scale_desired", "Daemons that there should be, by the autoscaler.")?,
             replicas: gauge("dindpool_scale_replicas", "Daemons that the provisioner was asked for.")?,
             scale_reason: gauges(

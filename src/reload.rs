@@ -95,6 +95,7 @@ impl Settings {
             ("admin", self.admin != new.admin),
             ("prestop", self.prestop != new.prestop),
             ("kubernetes", self.kubernetes != new.kubernetes),
+            ("lease, lease_duration", self.lease != new.lease),
             ("max_connections, max_connections_per_source", self.limits != new.limits),
             ("head_deadline", self.head_deadline != new.head_deadline),
             ("session_env", self.session_env != new.session_env),

@@ -7,6 +7,8 @@
 //! POST /daemons/ID/drain?deadline=10m     progress as JSON lines; goes on when its client leaves
 //! GET  /daemons/ID/drain                  how far it is
 //! ```
+//!
+//! Where there are several proxies, only the one that admits knows of daemons' work, and changes them; `/peer` and `/handover` are for the others, with the token that is in the Lease.
 
 pub mod prestop;
 pub mod token;
@@ -21,7 +23,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use http_body_util::{Either, Full};
 use hyper::body::{Body, Frame};
-use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HeaderValue};
+use hyper::header::{AUTHORIZATION, CONNECTION, CONTENT_TYPE, HeaderValue, RETRY_AFTER, UPGRADE};
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -34,6 +36,7 @@ use crate::drain::Drain;
 use crate::engine::model::{CordonedBy, DaemonId};
 use crate::pool::Pool;
 use crate::pool::cordon::{Progress, Unknown};
+use crate::pool::peers;
 use crate::provision::Stream;
 use crate::proxy::Origin;
 use crate::proxy::classify::parameter;
@@ -76,6 +79,8 @@ pub struct Admin {
     pub drain: Drain,
     /// Who may change the pool over TCP; nobody without one.
     pub token: RwLock<Option<Token>>,
+    /// Who is a peer, where there are several proxies.
+    pub peers: Option<Token>,
     /// For connections of the Unix listeners.
     local: Arc<Semaphore>,
     /// For those of the others.
@@ -115,8 +120,11 @@ pub async fn run(bound: Bound, admin: Arc<Admin>) {
 async fn visit(admin: Arc<Admin>, stream: Stream, trusted: bool, place: OwnedSemaphorePermit) {
     let lasting = Arc::new(AtomicBool::new(false));
     let lasts = lasting.clone();
-    let service = service_fn(move |request| {
-        let response = admin.answer(&request, trusted);
+    let service = service_fn(move |mut request| {
+        let response = match request.uri().path() {
+            "/peer" | "/handover" => admin.peer(&mut request),
+            _ => admin.answer(&request, trusted),
+        };
         lasts.store(response.extensions().get::<Lasting>().is_some(), Ordering::Relaxed);
         async move { Ok::<_, Infallible>(response) }
     });
@@ -124,7 +132,8 @@ async fn visit(admin: Arc<Admin>, stream: Stream, trusted: bool, place: OwnedSem
         .keep_alive(false)
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD)
-        .serve_connection(TokioIo::new(stream), service);
+        .serve_connection(TokioIo::new(stream), service)
+        .with_upgrades();
     let mut serve = pin!(serve);
     // A client that breaks off its own request is no fault of ours.
     if timeout(PATIENCE, serve.as_mut()).await.is_err() && lasting.load(Ordering::Relaxed) {
@@ -150,6 +159,7 @@ impl Admin {
             pool,
             drain,
             token: RwLock::new(token),
+            peers: None,
             local: room(CONNECTIONS),
             remote: room(CONNECTIONS),
             followed: room(FOLLOWED),
@@ -158,6 +168,15 @@ impl Admin {
     }
 
     fn answer<B>(&self, request: &Request<B>, trusted: bool) -> Answer {
+        // What this one says of work on a daemon would be wrong: it knows of none.
+        if request.uri().path().starts_with("/daemons/") && !self.pool.admits() {
+            let holder = self.pool.status().lease.and_then(|lease| lease.holder);
+            let holder = holder.as_deref().unwrap_or("none at the moment");
+            let why = format!("this proxy does not admit: ask the one that does ({holder})");
+            let mut answer = message(StatusCode::SERVICE_UNAVAILABLE, &why);
+            answer.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
+            return answer;
+        }
         match *request.method() {
             Method::GET | Method::HEAD => self.show(request),
             Method::POST => match self.why_not(request, trusted) {
@@ -165,6 +184,40 @@ impl Admin {
                 Some((status, why)) => message(status, why),
             },
             _ => message(StatusCode::METHOD_NOT_ALLOWED, "only GET, and POST for changes"),
+        }
+    }
+
+    /// Another proxy: it asks this one, or takes over from it.
+    fn peer<B>(&self, request: &mut Request<B>) -> Answer {
+        let Some(token) = &self.peers else {
+            return message(StatusCode::NOT_FOUND, "there is one proxy: this one");
+        };
+        if !request.headers().get(AUTHORIZATION).is_some_and(|given| token.is_proved_by(given.as_bytes())) {
+            self.warn_of_wrong_token();
+            return message(StatusCode::FORBIDDEN, "this needs the token that is in the Lease of this proxy");
+        }
+        let (admits, not_now) = (self.pool.admits(), StatusCode::CONFLICT);
+        match (request.method(), request.uri().path()) {
+            (&Method::GET, "/handover") if admits => message(not_now, "this proxy admits"),
+            (&Method::GET, "/handover") => match self.pool.handover().map(|h| serde_json::to_vec(&h)) {
+                Some(Ok(json)) => reply(StatusCode::OK, JSON, json),
+                Some(Err(error)) => message(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
+                None => message(StatusCode::NOT_FOUND, "this proxy has never admitted"),
+            },
+            (&Method::POST, "/peer") if admits => {
+                let (upgrade, pool) = (hyper::upgrade::on(request), self.pool.clone());
+                tokio::spawn(async move {
+                    if let Ok(stream) = upgrade.await {
+                        peers::serve(pool, TokioIo::new(stream)).await;
+                    }
+                });
+                let mut response = reply(StatusCode::SWITCHING_PROTOCOLS, TEXT, "");
+                response.headers_mut().insert(CONNECTION, HeaderValue::from_static("upgrade"));
+                response.headers_mut().insert(UPGRADE, HeaderValue::from_static("dindpool"));
+                response
+            }
+            (&Method::POST, "/peer") => message(not_now, "this proxy does not admit"),
+            _ => message(StatusCode::METHOD_NOT_ALLOWED, "POST /peer, GET /handover"),
         }
     }
 

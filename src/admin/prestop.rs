@@ -115,6 +115,10 @@ impl Prestop {
             self.warn_of_wrong_token();
             return refused(StatusCode::FORBIDDEN, "this is not the token of the pool's preStop hooks");
         }
+        if !self.pool.admits() {
+            let text = "another proxy knows what runs there".to_string();
+            return ("unknown", StatusCode::SERVICE_UNAVAILABLE, text);
+        }
         match self.pool.departs(&daemon, wait).await {
             Departure::LetGo | Departure::Idle => ("drained", StatusCode::OK, "drained".into()),
             Departure::Busy(work) => ("busy", StatusCode::CONFLICT, busy(&work)),

@@ -50,6 +50,24 @@ impl Token {
         Token::read(path)
     }
 
+    /// A new one, that is kept nowhere.
+    ///
+    /// # Errors
+    /// What the file system says of `/dev/urandom`.
+    pub fn random() -> io::Result<Token> {
+        Ok(Token(digits()?))
+    }
+
+    /// From what another process says it is; `None` if that could be guessed.
+    pub fn of(text: &str) -> Option<Token> {
+        (text.len() >= SHORTEST && text.bytes().all(|b| b.is_ascii_graphic())).then(|| Token(text.into()))
+    }
+
+    /// Itself, for whoever keeps it. Never for the log.
+    pub fn secret(&self) -> &str {
+        &self.0
+    }
+
     /// For the header of a request.
     pub fn bearer(&self) -> String {
         format!("Bearer {}", self.0)
@@ -65,11 +83,15 @@ impl Token {
     }
 }
 
-/// Whoever looks for the file finds it whole or not at all, also when two make it at once.
-fn make(path: &Path) -> io::Result<()> {
+fn digits() -> io::Result<String> {
     let mut bytes = [0; MADE];
     fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
-    let digits: String = bytes.iter().map(|b| format!("{b:02x}")).collect();
+    Ok(bytes.iter().map(|b| format!("{b:02x}")).collect())
+}
+
+/// Whoever looks for the file finds it whole or not at all, also when two make it at once.
+fn make(path: &Path) -> io::Result<()> {
+    let digits = digits()?;
     let own = path.with_extension(format!("{}.{}", std::process::id(), &digits[..8]));
     // The name says nothing that the digits behind it do not keep.
     let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&own)?;

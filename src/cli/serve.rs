@@ -30,6 +30,12 @@ pub struct Serve {
     /// File of the token that these hooks know, at least 16 characters
     #[arg(long, env = "DINDPOOL_PRESTOP_TOKEN_FILE", value_name = "FILE")]
     prestop_token_file: Option<PathBuf>,
+    /// Of several proxies the holder of this Lease admits; needs POD_NAME and POD_IP [default: there is one proxy]
+    #[arg(long, env = "DINDPOOL_LEASE", value_name = "NAME")]
+    lease: Option<String>,
+    /// How long the Lease lasts when its holder does not renew it [default: 15s]
+    #[arg(long, env = "DINDPOOL_LEASE_DURATION", value_name = "TIME")]
+    lease_duration: Option<String>,
     #[command(flatten)]
     scale: Scale,
 }
@@ -62,6 +68,8 @@ impl Serve {
             kubernetes: self.kubernetes.clone(),
             prestop: self.prestop.clone(),
             prestop_token_file: self.prestop_token_file.clone(),
+            lease: self.lease.clone(),
+            lease_duration: self.lease_duration.clone(),
             ..self.scale.clone().raw()
         };
         raw = typed.or(raw);

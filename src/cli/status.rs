@@ -5,7 +5,7 @@ use clap::Args;
 
 use super::admin::Where;
 use crate::metrics::{health_word, state_word};
-use crate::pool::status::Status as Pool;
+use crate::pool::status::{Role, Status as Pool};
 
 #[derive(Debug, Args)]
 pub struct Status {
@@ -82,6 +82,19 @@ fn table(pool: &Pool) -> String {
     }
     if let Some((min, max)) = &pool.api {
         out.push_str(&format!("\nAPI {min} to {max}, {} waiting\n", pool.queue.waiting));
+    }
+    if let Some(lease) = &pool.lease {
+        let role = match lease.role {
+            Role::Holder => "this proxy admits",
+            Role::Follower => "this proxy asks the one that admits",
+            Role::Leaving => "this proxy is about to end",
+        };
+        let holder = lease.holder.as_deref().unwrap_or("nobody");
+        out.push_str(&format!("lease of {holder}, number {}: {role}", lease.tenure));
+        if lease.role == Role::Holder {
+            out.push_str(&format!(", {} others are connected and relay {}", lease.peers, lease.streams));
+        }
+        out.push('\n');
     }
     for problem in &pool.problems {
         out.push_str(&format!("problem: {problem}\n"));

@@ -207,6 +207,18 @@ impl Builders {
         self.ended.retain(|_, (_, at)| *at > began);
     }
 
+    /// The builds that have ended since the images were listed last, and how long ago.
+    pub fn ended(&self, now: Time) -> Vec<(SessionKey, Tenant, Time)> {
+        let age = |at: Time| now.saturating_sub(at);
+        self.ended.iter().map(|(key, (tenant, at))| (key.clone(), tenant.clone(), age(*at))).collect()
+    }
+
+    /// The same of another proxy's account. They are listed anew, whenever they ended.
+    pub fn import_ended(&mut self, ended: &[(SessionKey, Tenant, Time)], now: Time) {
+        let known = ended.iter().map(|(key, tenant, _)| (key.clone(), (tenant.clone(), now)));
+        self.ended.extend(known);
+    }
+
     /// Whether anybody builds.
     pub fn under_way(&self) -> bool {
         !self.under_way.is_empty()

@@ -192,7 +192,7 @@ impl Engine {
 
     /// A container of a session whose lease has run out runs again (a restart policy, `docker start` from
     /// another session): the lease lives as long as it does.
-    fn revive(&mut self, key: &SessionKey, now: Time) {
+    pub(super) fn revive(&mut self, key: &SessionKey, now: Time) {
         let Some(session) = self.sessions.get(key) else { return };
         let Some(home) = &session.home else { return };
         let (tenant, daemon) = (session.tenant.clone(), home.daemon.clone());

@@ -6,6 +6,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use serde::{Deserialize, Serialize};
+
 use super::model::{DaemonId, ListedImage, SessionKey, Tenant, Time, Written};
 
 /// A reference that every job builds again from its cache, to the same id, has no more makers than this: the
@@ -66,6 +68,29 @@ impl Entry {
         let surplus = self.makers.len().saturating_sub(MAKERS);
         self.makers.drain(..surplus).collect()
     }
+}
+
+/// A reference on a daemon, as another proxy is told of it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ImageExport {
+    /// Normalised.
+    pub reference: String,
+    /// Where.
+    pub daemon: DaemonId,
+    /// `sha256:…`, when known.
+    pub id: Option<String>,
+    /// How long ago it was written.
+    pub age: Time,
+    /// Orders the writes.
+    pub order: u64,
+    /// How.
+    pub written: Written,
+    /// Whose it is; without any, it is everybody's.
+    pub tenants: Vec<Tenant>,
+    /// The sessions that made it.
+    pub makers: Vec<SessionKey>,
+    /// Whether a registry has it since.
+    pub pushed: bool,
 }
 
 /// A write that is to be recorded.
@@ -325,6 +350,72 @@ impl Images {
             here.contains(reference.as_str()) || entry.is_some_and(|e| e.at >= began)
         };
         Some(!shelf.references.iter().any(stays))
+    }
+
+    /// Whose references are, and how they came about.
+    pub fn export(&self, now: Time) -> Vec<ImageExport> {
+        let entries = self
+            .references
+            .iter()
+            .flat_map(|(reference, on)| on.iter().map(move |(daemon, entry)| (reference, daemon, entry)));
+        entries
+            .map(|(reference, daemon, e)| ImageExport {
+                reference: reference.clone(),
+                daemon: daemon.clone(),
+                id: e.id.clone(),
+                age: now.saturating_sub(e.at),
+                order: e.order,
+                written: e.written,
+                tenants: e.tenants.clone(),
+                makers: e.makers.clone(),
+                pushed: e.pushed,
+            })
+            .collect()
+    }
+
+    /// Forgets whose everything is.
+    pub fn disown(&mut self) {
+        for entry in self.references.values_mut().flat_map(BTreeMap::values_mut) {
+            entry.tenants.clear();
+            entry.makers.clear();
+            if entry.written == Written::Made {
+                entry.written = Written::Found;
+            }
+        }
+    }
+
+    /// Takes over another proxy's account of the daemons that are `there`. Of those that are `listed` here, a reference
+    /// that is not known here is gone, unless it is younger than `news`.
+    pub fn import(
+        &mut self,
+        exported: &[ImageExport],
+        there: &BTreeSet<DaemonId>,
+        listed: &BTreeSet<DaemonId>,
+        news: Time,
+        now: Time,
+    ) {
+        for e in exported.iter().filter(|e| there.contains(&e.daemon)) {
+            let known = self.references.get(&e.reference).is_some_and(|on| on.contains_key(&e.daemon));
+            if !known && listed.contains(&e.daemon) && e.age >= news {
+                continue;
+            }
+            self.drop_reference(&e.daemon, &e.reference);
+            let entry = Entry {
+                id: e.id.clone(),
+                at: now.saturating_sub(e.age),
+                order: e.order,
+                written: e.written,
+                tenants: e.tenants.clone(),
+                makers: e.makers.clone(),
+                pushed: e.pushed,
+            };
+            self.references.entry(e.reference.clone()).or_default().insert(e.daemon.clone(), entry);
+            self.on.entry(e.daemon.clone()).or_default().references.insert(e.reference.clone());
+            if let Some(id) = &e.id {
+                self.link(&e.daemon, &e.reference, id);
+            }
+            self.writes = self.writes.max(e.order);
+        }
     }
 
     /// Forgets a daemon.

@@ -8,7 +8,9 @@ mod balancer;
 mod cordon;
 mod daemon;
 pub mod departure;
+pub mod election;
 mod facts;
+pub mod handover;
 mod health;
 pub mod images;
 mod invariants;
@@ -111,14 +113,25 @@ impl Default for Config {
 const OVERDUE_AGAIN: Time = Time::from_secs(3600);
 
 /// How an open request counts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Unit {
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Unit {
     /// It keeps the lease, and is no work.
     None,
     /// A build: a slot each.
     Build,
     /// Other work: one slot for all of it.
     Other,
+}
+
+impl Unit {
+    /// What a request of this class is to a session that is bound by it.
+    fn of(class: Class) -> Self {
+        match class {
+            Class::Work(Work::Build) => Unit::Build,
+            Class::Work(_) => Unit::Other,
+            _ => Unit::None,
+        }
+    }
 }
 
 /// A request or stream that was granted.
@@ -249,6 +262,9 @@ impl Engine {
             Event::LetGo { daemon } => self.let_go(&daemon, now),
             Event::Growth(growth) => self.growing(growth),
             Event::Configured(config) => self.configured(*config, now),
+            Event::Retired => self.retire(),
+            Event::Import { epoch, export } => self.import(epoch, &export, now),
+            Event::Attach(opens) => opens.iter().for_each(|open| self.attach(open, now)),
             Event::Tick => self.tick(now),
         }
         self.advance_drains(now);
@@ -350,13 +366,8 @@ impl Engine {
             self.bind(&key, &tenant, &daemon, now);
             self.group(&key, source);
         }
-        let unit = match class {
-            _ if !bind => Unit::None,
-            Class::Work(Work::Build) => Unit::Build,
-            Class::Work(_) => Unit::Other,
-            _ => Unit::None,
-        };
-        let builds = matches!(class, Class::Work(Work::Build | Work::BuildKit | Work::Load));
+        let unit = if bind { Unit::of(class) } else { Unit::None };
+        let builds = handover::makes_images(class);
         if builds && let Some(d) = self.daemons.get_mut(&daemon) {
             d.builders.start(&key, &tenant);
             if let Some(project) = &requirements.project {

@@ -517,6 +517,17 @@ pub enum Event {
     Abandon(RequestId),
     /// Whether more daemons are on their way.
     Growth(super::scaling::Growth),
+    /// Another proxy admits from now on: whose everything is, is its business.
+    Retired,
+    /// This proxy admits from now on, and goes on where another one has stopped.
+    Import {
+        /// The number of its tenure.
+        epoch: u64,
+        /// What the other one knew; empty after a crash.
+        export: Box<super::handover::Export>,
+    },
+    /// Requests that are open at other proxies count here from now on.
+    Attach(Vec<super::handover::OpenExport>),
     /// The configuration was read again.
     Configured(Box<super::Config>),
     /// A daemon is to take no new sessions.
@@ -573,6 +584,17 @@ pub enum Effect {
         /// session has been there yet, and no fact led there. To try, release it as
         /// [`Outcome::Unreached`] and acquire again.
         fresh: bool,
+    },
+    /// A request that is open at some proxy counts here from now on.
+    Attached {
+        /// Its number in [`super::handover::OpenExport`].
+        theirs: OpenId,
+        /// Its number here, to be given back by [`Event::Release`].
+        open: OpenId,
+        /// Where it goes.
+        daemon: DaemonId,
+        /// The session's lease, if it holds one.
+        lease: Option<LeaseId>,
     },
     /// The request waits for a slot.
     Queued {

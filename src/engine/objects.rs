@@ -264,6 +264,42 @@ impl Objects {
         }
     }
 
+    /// The ids that are remembered as lost, the oldest first.
+    pub fn lost_ids(&self) -> Vec<(String, DaemonId)> {
+        let of = |id: &String| Some((id.clone(), self.lost.get(id)?.clone()));
+        self.lost_order.iter().filter_map(of).collect()
+    }
+
+    /// These ids are lost, too.
+    pub fn import_lost(&mut self, lost: &[(String, DaemonId)]) {
+        for (id, daemon) in lost {
+            if self.lost.insert(id.clone(), daemon.clone()).is_none() {
+                self.lost_order.push_back(id.clone());
+            }
+            if self.lost_order.len() > LOST
+                && let Some(oldest) = self.lost_order.pop_front()
+            {
+                self.lost.remove(&oldest);
+            }
+        }
+    }
+
+    /// Forgets whose everything is, and what only requests keep known.
+    pub fn disown(&mut self) {
+        let requests: Vec<(DaemonId, String)> = (self.by_id.iter())
+            .filter(|((kind, _), _)| *kind == Kind::BuildSession)
+            .flat_map(|((_, id), on)| on.keys().map(|daemon| (daemon.clone(), id.clone())))
+            .collect();
+        for (daemon, id) in requests {
+            self.held.remove(&(daemon.clone(), Kind::BuildSession, id.clone()));
+            self.remove(&daemon, Kind::BuildSession, &id);
+        }
+        for object in self.by_id.values_mut().flat_map(BTreeMap::values_mut) {
+            (object.tenant, object.live) = (None, object.live && object.started);
+            object.owners.clear();
+        }
+    }
+
     /// Whether anything is known of this id.
     pub fn knows(&self, kind: Kind, id: &str) -> bool {
         self.by_id.contains_key(&(kind, id.to_string())) || self.lost.contains_key(id)

@@ -154,7 +154,8 @@ impl Simulation {
             72..75 => self.stranger_starts(),
             75..88 => self.news_arrives(),
             88..92 => self.daemon_is_listed(),
-            92..98 => self.pool_changes(),
+            92..97 => self.pool_changes(),
+            97 => self.another_proxy_admits(),
             _ => self.operator_acts(),
         }
     }
@@ -439,6 +440,32 @@ impl Simulation {
             self.tell(event);
         } else {
             self.late.push(event);
+        }
+    }
+
+    /// What this engine knows goes to one that knows only what is there, and comes back: the shadow sees no
+    /// difference.
+    fn another_proxy_admits(&mut self) {
+        let export = self.engine.export(self.now);
+        let text = serde_json::to_string(&export).expect("plain data");
+        self.engine.handle(Event::Retired, self.now);
+        assert!(self.engine.sessions.is_empty() && self.engine.opens.is_empty());
+        let export = Box::new(serde_json::from_str(&text).expect("the same data"));
+        let epoch = self.engine.config.epoch + 1;
+        let mut numbers = BTreeMap::new();
+        for effect in self.engine.handle(Event::Import { epoch, export }, self.now) {
+            if let Effect::Attached { theirs, open, .. } = effect {
+                numbers.insert(theirs, open);
+            }
+        }
+        if self.trace {
+            println!("{:?} handed over: {text} {numbers:?}", self.now);
+        }
+        self.shadow.renumber(&numbers);
+        for late in &mut self.late {
+            if let Event::Learned { open: Some(open), .. } = late {
+                *open = numbers.get(open).copied().unwrap_or(*open);
+            }
         }
     }
 

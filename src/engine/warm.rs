@@ -59,6 +59,11 @@ impl Warm {
         self.order.get(daemon).map_or(0, BTreeMap::len)
     }
 
+    /// The projects that the daemon is known to have built, the oldest first.
+    pub fn projects(&self, daemon: &DaemonId) -> impl Iterator<Item = &ProjectKey> {
+        self.order.get(daemon).into_iter().flat_map(BTreeMap::values)
+    }
+
     /// Whether the daemon has built the project.
     pub fn is_warm(&self, project: &ProjectKey, daemon: &DaemonId) -> bool {
         self.built.get(project).is_some_and(|daemons| daemons.contains_key(daemon))

@@ -147,6 +147,8 @@ impl Pool {
                     && let Some(member) = state.daemons.get(&daemon)
                 {
                     member.handle.break_streams();
+                    // Nobody listens where there is one proxy.
+                    let _ = self.cuts.send(daemon.clone());
                 }
                 self.drain_ended.notify_waiters();
             }

@@ -4,15 +4,16 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::shared::{Hold, Said};
 use super::{Granted, Handle, Pool};
 use crate::drain::Signal;
-use crate::engine::model::{Event, Fact, LeaseId, OpenId, Outcome};
+use crate::engine::model::{Fact, LeaseId, Outcome};
 use crate::provision::Stream;
 
 /// One request's hold on a daemon. Dropped without [`Lease::finish`], it counts as abandoned by its client.
 pub struct Lease {
     pool: Arc<Pool>,
-    open: OpenId,
+    hold: Hold,
     lease: Option<LeaseId>,
     fresh: bool,
     daemon: Arc<Handle>,
@@ -26,10 +27,10 @@ pub struct Lease {
 
 impl Lease {
     pub(super) fn new(pool: Arc<Pool>, granted: Granted) -> Self {
-        let Granted { open, lease, fresh, daemon, cut } = granted;
+        let Granted { hold, lease, fresh, daemon, cut } = granted;
         Lease {
             pool,
-            open,
+            hold,
             lease,
             fresh,
             daemon,
@@ -72,12 +73,12 @@ impl Lease {
 
     /// Tells the pool what this request's response says about an object.
     pub fn learn(&self, fact: Fact) {
-        self.pool.event(Event::Learned { daemon: self.daemon.id.clone(), open: Some(self.open), fact });
+        self.pool.said(self.hold, Said::Learned(self.daemon.id.clone(), fact));
     }
 
     /// Tells the pool that this BuildKit connection builds.
     pub fn build_seen(&self) {
-        self.pool.event(Event::BuildSeen(self.open));
+        self.pool.said(self.hold, Said::Builds);
     }
 
     /// The daemon's answer has this status.
@@ -104,7 +105,7 @@ impl Drop for Lease {
         } else if self.outcome == Outcome::Done && self.failed.load(Ordering::Relaxed) {
             self.outcome = Outcome::Failed;
         }
-        self.pool.event(Event::Release { open: self.open, outcome: self.outcome });
+        self.pool.said(self.hold, Said::Released(self.outcome));
         // Afterwards: how soon it is asked again depends on whether this has ejected it.
         if matches!(self.outcome, Outcome::DaemonFailed | Outcome::Unreached) {
             self.daemon.wake.notify_one();

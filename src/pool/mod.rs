@@ -9,7 +9,10 @@ mod departure;
 mod lease;
 mod lookup;
 pub mod notes;
+pub mod peers;
+pub mod remote;
 pub mod scaler;
+pub mod shared;
 pub mod status;
 mod ticket;
 pub(crate) mod watch;
@@ -21,12 +24,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use hyper::Method;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
+use tokio::sync::{Notify, Semaphore, broadcast, mpsc, oneshot, watch as values};
 use tokio::task::JoinHandle;
 
 use crate::drain::Signal;
 use crate::engine::autoscaler::Policy;
+use crate::engine::handover::OpenExport;
 use crate::engine::model::*;
 use crate::engine::scaling::Growth;
 use crate::engine::{self, Engine};
@@ -35,11 +40,16 @@ use crate::metrics::{Metrics, cause_word, health_word, state_word};
 use crate::provision::{DaemonSpec, Endpoint, Note, Observation};
 use about::About;
 pub use lease::Lease;
+use shared::{Hold, Shared};
 use status::{DaemonStatus, QueueStatus, SessionStatus, Status, TicketStatus};
+use ticket::Answer;
 pub use ticket::Ticket;
 
 /// A container has 10 s, or what its `--stop-timeout` says, before dockerd kills it.
 const STOP_DEADLINE: Duration = Duration::from_secs(120);
+
+/// By how much the engine's clock is ahead: what another proxy tells of may be older than this process.
+const BEFORE: Time = crate::config::MAX_DURATION;
 
 /// How the pool watches its daemons.
 #[derive(Debug, Clone)]
@@ -134,7 +144,7 @@ impl Handle {
 }
 
 /// What the proxy wants of the pool.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Want {
     /// Whose request it is.
     pub key: SessionKey,
@@ -154,11 +164,37 @@ pub struct Want {
     pub requirements: Requirements,
 }
 
+impl Want {
+    fn acquire(&self, request: RequestId) -> Acquire {
+        Acquire {
+            request,
+            key: self.key.clone(),
+            tenant: self.tenant.clone(),
+            source: self.source.clone(),
+            inside: self.inside.clone(),
+            shares_names: self.shares_names,
+            class: self.class,
+            target: self.target.clone(),
+            requirements: self.requirements.clone(),
+            deadline: None,
+        }
+    }
+}
+
+/// An acquisition without an answer.
+struct Waiting {
+    answer: oneshot::Sender<Answer>,
+    /// What was wanted, where other proxies may have to know it.
+    want: Option<Arc<Want>>,
+}
+
 struct State {
     engine: Engine,
     daemons: BTreeMap<DaemonId, Member>,
-    /// Acquisitions without an answer. Today each is answered at once; with a queue they wait here.
-    waiting: HashMap<RequestId, oneshot::Sender<Result<Granted, Refusal>>>,
+    /// Acquisitions without an answer.
+    waiting: HashMap<RequestId, Waiting>,
+    /// Where this is one proxy of several.
+    shared: Option<Box<Shared>>,
     /// The last `/version` and ping headers of any daemon: clients negotiate also while none is there.
     about: Option<Arc<About>>,
     observed: Vec<DaemonSpec>,
@@ -187,7 +223,7 @@ struct Member {
 /// that the ticket's task looks, the daemon may be gone, or its streams have been broken, and that one concerns it.
 #[derive(Debug)]
 struct Granted {
-    open: OpenId,
+    hold: Hold,
     lease: Option<LeaseId>,
     fresh: bool,
     daemon: Arc<Handle>,
@@ -214,6 +250,16 @@ pub struct Pool {
     newcomers: AtomicU32,
     /// What is to be told of the pool elsewhere.
     words: Mutex<Vec<Note>>,
+    /// This is one proxy of several.
+    several: AtomicBool,
+    /// The number of this process's tenure, where there are several and this one admits.
+    tenures: values::Sender<Option<u64>>,
+    /// It is connected to the one that admits.
+    welcomed: values::Sender<bool>,
+    /// There is something to tell to the one that admits.
+    outgoing: Notify,
+    /// Daemons whose streams are broken, for those that others relay.
+    cuts: broadcast::Sender<DaemonId>,
 }
 
 impl Pool {
@@ -224,6 +270,7 @@ impl Pool {
                 engine: Engine::new(config.engine.clone(), seed),
                 daemons: BTreeMap::new(),
                 waiting: HashMap::new(),
+                shared: None,
                 about: None,
                 observed: Vec::new(),
                 made: scaler::Made::default(),
@@ -245,6 +292,11 @@ impl Pool {
             next_log: AtomicU64::new(0),
             newcomers: AtomicU32::new(0),
             words: Mutex::default(),
+            several: AtomicBool::new(false),
+            tenures: values::Sender::new(None),
+            welcomed: values::Sender::new(false),
+            outgoing: Notify::new(),
+            cuts: broadcast::Sender::new(64),
         })
     }
 
@@ -253,7 +305,7 @@ impl Pool {
     pub async fn run(self: Arc<Self>, mut observations: mpsc::Receiver<Observation>) {
         let mut observing = true;
         loop {
-            let due = self.lock().engine.next_tick().map(|at| self.origin + at);
+            let due = self.lock().engine.next_tick().map(|at| self.origin + at.saturating_sub(BEFORE));
             let sleep = async {
                 match due {
                     Some(at) => tokio::time::sleep_until(at.into()).await,
@@ -284,32 +336,32 @@ impl Pool {
     /// Asks for a daemon for one request: the only way from the proxy to the engine. The ticket has its lease at
     /// once, or waits in the queue; dropped, it has left the queue.
     pub async fn acquire(self: &Arc<Self>, want: &Want) -> Ticket {
-        self.find(want).await;
-        if want.requirements.image.is_some() {
-            self.refresh_images().await;
+        // The one that admits finds it.
+        if self.admits() {
+            if self.is_shared() {
+                self.opened().await;
+            }
+            self.find(want).await;
+            if want.requirements.image.is_some() {
+                self.refresh_images().await;
+            }
         }
-        let (answer, granted) = oneshot::channel();
-        let request = {
-            let mut state = self.lock();
-            state.next_request += 1;
-            let request = RequestId(state.next_request);
-            state.waiting.insert(request, answer);
-            let acquire = Acquire {
-                request,
-                key: want.key.clone(),
-                tenant: want.tenant.clone(),
-                source: want.source.clone(),
-                inside: want.inside.clone(),
-                shares_names: want.shares_names,
-                class: want.class,
-                target: want.target.clone(),
-                requirements: want.requirements.clone(),
-                deadline: None,
-            };
-            self.handle(&mut state, Event::Acquire(acquire));
-            request
-        };
-        Ticket { pool: self.clone(), request, answer: granted, answered: false }
+        Ticket::new(self, want)
+    }
+
+    /// Asks the engine. To be called where this process admits.
+    fn enter(
+        &self,
+        state: &mut State,
+        want: &Want,
+        shared: Option<Arc<Want>>,
+    ) -> (RequestId, oneshot::Receiver<Answer>) {
+        let (answer, answered) = oneshot::channel();
+        state.next_request += 1;
+        let request = RequestId(state.next_request);
+        state.waiting.insert(request, Waiting { answer, want: shared });
+        self.handle(state, Event::Acquire(want.acquire(request)));
+        (request, answered)
     }
 
     /// The daemon, if any, whose containers' connections come from `ip`.
@@ -354,9 +406,11 @@ impl Pool {
         self.lock().engine.queue_is_full()
     }
 
-    /// Whether a daemon is on its way that work may wait for.
+    /// Whether a daemon is on its way that work may wait for. Only the one that admits knows that.
     pub fn expects_room(&self) -> bool {
-        self.lock().engine.expects_room()
+        let state = self.lock();
+        let asks = state.shared.as_ref().is_some_and(|shared| !shared.admits());
+        asks || state.engine.expects_room()
     }
 
     /// How many daemons are watched.
@@ -446,6 +500,7 @@ impl Pool {
                 tickets,
             },
             scaler: state.scaler.clone(),
+            lease: self.lease_status(&state),
             problems: state.problems.iter().cloned().chain(state.engine.alarms()).collect(),
             images: state.engine.image_count(),
         }
@@ -476,7 +531,12 @@ impl Pool {
     }
 
     fn now(&self) -> Time {
-        self.origin.elapsed()
+        BEFORE + self.origin.elapsed()
+    }
+
+    /// A moment on the engine's clock.
+    fn time(&self, at: Instant) -> Time {
+        BEFORE + at.saturating_duration_since(self.origin)
     }
 
     /// The one lock. A poisoned one is used on: a panic in one connection is that connection's end only, and
@@ -492,6 +552,7 @@ impl Pool {
 
     /// Hands an event to the engine and carries out what comes of it.
     fn handle(&self, state: &mut State, event: Event) {
+        self.expire(state);
         let due = state.engine.next_tick();
         for effect in state.engine.handle(event, self.now()) {
             self.carry_out(state, effect);
@@ -505,17 +566,34 @@ impl Pool {
     fn carry_out(&self, state: &mut State, effect: Effect) {
         match effect {
             Effect::Granted { request, open, daemon, lease, fresh } => {
-                let answer = state.waiting.remove(&request);
+                let waiting = state.waiting.remove(&request);
                 let handle = state.daemons.get(&daemon).map(|m| m.handle.clone());
-                let back = match (answer, handle) {
-                    (Some(answer), Some(daemon)) => {
+                let back = match (waiting, handle) {
+                    (Some(Waiting { answer, want }), Some(daemon)) => {
                         let cut = daemon.cut();
-                        let granted = Granted { open, lease, fresh, daemon, cut };
-                        answer.send(Ok(granted)).is_err().then_some(Outcome::ClientGone)
+                        let hold = match (&mut state.shared, want) {
+                            (Some(shared), Some(want)) => {
+                                let (acquire, id) = (want.acquire(request), daemon.id.clone());
+                                let number = shared.number();
+                                shared.grant(
+                                    number,
+                                    Some(open),
+                                    OpenExport::of(&acquire, open, id, lease.is_some()),
+                                )
+                            }
+                            _ => Hold::Open(open),
+                        };
+                        let granted = Granted { hold, lease, fresh, daemon, cut };
+                        let gone = answer.send(Answer::Granted(granted)).is_err();
+                        if let (true, Hold::Stream(number), Some(shared)) = (gone, hold, &mut state.shared) {
+                            shared.forget(number);
+                        }
+                        gone.then_some(Outcome::ClientGone)
                     }
                     // The engine knows no daemon that the pool does not.
-                    (Some(answer), None) => {
-                        let _ = answer.send(Err(Refusal::SessionLost(format!("daemon {daemon} has gone"))));
+                    (Some(Waiting { answer, .. }), None) => {
+                        let gone = Refusal::SessionLost(format!("daemon {daemon} has gone"));
+                        let _ = answer.send(Answer::Refused(gone));
                         Some(Outcome::Unreached)
                     }
                     (None, _) => Some(Outcome::ClientGone),
@@ -531,10 +609,11 @@ impl Pool {
                 if matches!(refusal, Refusal::QueueFull(_)) {
                     self.metrics.queue_refused.inc();
                 }
-                if let Some(answer) = state.waiting.remove(&request) {
-                    let _ = answer.send(Err(refusal));
+                if let Some(waiting) = state.waiting.remove(&request) {
+                    let _ = waiting.answer.send(Answer::Refused(refusal));
                 }
             }
+            Effect::Attached { .. } => {}
             Effect::Queued { key, tenant, .. } => {
                 self.metrics.queued(tenant.as_str());
                 tracing::info!(session = %key, %tenant, "waits for a free daemon");
@@ -559,7 +638,8 @@ impl Pool {
                 if !again {
                     self.metrics.leases_overdue.inc();
                 }
-                let stop = self.config().stop_overdue;
+                let admits = state.shared.as_ref().is_none_or(|shared| shared.admits());
+                let stop = self.config().stop_overdue && admits;
                 let n = containers.len();
                 tracing::warn!(session = %key, containers = n, stop, "nobody attends its containers");
                 if stop {

@@ -1,5 +1,5 @@
 //! What the pool tells those who look elsewhere than at dindpool: who must not be removed now, and what happened. Only
-//! the proxy that scales writes it; like the scaler, this runs where and as long as that is this one.
+//! the proxy that scales writes it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -49,6 +49,12 @@ pub async fn run(pool: Arc<Pool>, to: mpsc::Sender<Writing>) {
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tick.tick().await;
+        if !notes.pool.admits() {
+            // Of several proxies the one that admits writes.
+            lock(&notes.pool.words).clear();
+            (notes.marks, notes.chronicle) = (Marks::default(), Chronicle::default());
+            continue;
+        }
         notes.write_words().await;
         notes.write_marks().await;
     }

@@ -124,6 +124,14 @@ pub async fn run(pool: Arc<Pool>, changes: mpsc::Sender<Change>) {
     loop {
         tick.tick().await;
         let config = pool.config();
+        if !pool.admits() {
+            // Whoever admits decides; what was seen until now is old when it is this one again.
+            if pool.lock().scaler.take().is_some() {
+                autoscaler = Autoscaler::new(config.scale.clone());
+                pool.metrics.not_scaled();
+            }
+            continue;
+        }
         autoscaler.configure(config.scale.clone());
         let view = pool.view();
         let decision = autoscaler.decide(&view, pool.now());
@@ -155,6 +163,9 @@ fn word(step: &Step) -> &'static str {
 }
 
 async fn apply(pool: &Arc<Pool>, changes: &mpsc::Sender<Change>, step: &Step) -> Result<(), String> {
+    if !pool.admits() {
+        return Err("another proxy decides now".into());
+    }
     match step {
         // One that has gone meanwhile needs neither.
         Step::Cordon(daemon) => drop(pool.cordon(daemon, CordonedBy::Scaler)),

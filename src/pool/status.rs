@@ -22,10 +22,40 @@ pub struct Status {
     /// The autoscaler, where a provisioner can make daemons.
     #[serde(default)]
     pub scaler: Option<ScalerStatus>,
+    /// Which proxy admits, where there are several.
+    #[serde(default)]
+    pub lease: Option<LeaseStatus>,
     /// What the provisioner has to complain of.
     pub problems: Vec<String>,
     /// How many image references are known.
     pub images: usize,
+}
+
+/// Which of several proxies admits.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LeaseStatus {
+    /// This proxy: `holder` if it admits, `follower` if it asks the holder, `leaving` if it is about to end.
+    pub role: Role,
+    /// Who holds the Lease, as this proxy saw it last.
+    pub holder: Option<String>,
+    /// The number of the holder's tenure.
+    pub tenure: u64,
+    /// Other proxies that are connected to this one.
+    pub peers: i64,
+    /// Requests and streams that other proxies relay, as far as this one admits them.
+    pub streams: usize,
+}
+
+/// What one of several proxies does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// It admits.
+    Holder,
+    /// It asks the holder.
+    Follower,
+    /// It is about to end, and asks the holder until then.
+    Leaving,
 }
 
 /// One daemon.

@@ -3,30 +3,89 @@
 use std::sync::Arc;
 
 use tokio::sync::oneshot;
+use tokio::sync::oneshot::error::TryRecvError;
 
-use super::{Granted, Lease, Pool, refused};
+use super::peers::Up;
+use super::shared::Said;
+use super::{Granted, Lease, Pool, Want, refused};
 use crate::engine::model::{Event, Outcome, Refusal, RequestId};
 use crate::error::{Error, Kind};
+
+/// What a ticket is answered with.
+#[derive(Debug)]
+pub(super) enum Answer {
+    /// It has its daemon.
+    Granted(Granted),
+    /// It gets none.
+    Refused(Refusal),
+    /// Another proxy admits from now on: it is to be asked.
+    Moved,
+}
+
+/// Where it waits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    /// In this process.
+    Here(RequestId),
+    /// At the proxy that admits, under this number.
+    There(u64),
+}
 
 /// What [`Pool::acquire`] gives: a lease to be had, now or later. Dropped before that, it leaves the queue, and
 /// nothing is started for it.
 pub struct Ticket {
-    pub(super) pool: Arc<Pool>,
-    pub(super) request: RequestId,
-    pub(super) answer: oneshot::Receiver<Result<Granted, Refusal>>,
-    pub(super) answered: bool,
+    pool: Arc<Pool>,
+    place: Place,
+    answer: oneshot::Receiver<Answer>,
+    answered: bool,
+    /// What was wanted, where it may have to be asked for once more.
+    want: Option<Arc<Want>>,
 }
 
 impl Ticket {
+    pub(super) fn new(pool: &Arc<Pool>, want: &Want) -> Self {
+        let mut state = pool.lock();
+        let want_again = state.shared.is_some().then(|| Arc::new(want.clone()));
+        let (place, answer) = Self::enter(pool, &mut state, want, want_again.as_ref());
+        drop(state);
+        Ticket { pool: pool.clone(), place, answer, answered: false, want: want_again }
+    }
+
+    /// Asks the engine, or the proxy that admits.
+    fn enter(
+        pool: &Pool,
+        state: &mut super::State,
+        want: &Want,
+        again: Option<&Arc<Want>>,
+    ) -> (Place, oneshot::Receiver<Answer>) {
+        pool.expire(state);
+        let asks = state.shared.as_ref().is_some_and(|shared| !shared.answers(want.class));
+        if asks
+            && let Some(want) = again
+            && let Some((stream, answer)) = pool.ask(state, want)
+        {
+            return (Place::There(stream), answer);
+        }
+        let (request, answer) = pool.enter(state, want, again.cloned());
+        (Place::Here(request), answer)
+    }
+
     /// The lease, if the ticket does not have to wait.
     ///
     /// # Errors
     /// When no daemon can take the request; the message says what was tried.
     pub fn now(&mut self) -> Option<Result<Lease, Error>> {
-        match self.answer.try_recv() {
-            Err(oneshot::error::TryRecvError::Empty) => None,
-            Ok(answer) => Some(self.take(answer)),
-            Err(oneshot::error::TryRecvError::Closed) => Some(Err(stopped())),
+        loop {
+            match self.answer.try_recv() {
+                Err(TryRecvError::Empty) => return None,
+                Err(TryRecvError::Closed) => return Some(Err(stopped())),
+                Ok(Answer::Moved) => self.ask_again(),
+                Ok(Answer::Granted(granted)) => return Some(Ok(self.lease(granted))),
+                Ok(Answer::Refused(refusal)) => {
+                    self.answered = true;
+                    return Some(Err(refused(refusal)));
+                }
+            }
         }
     }
 
@@ -35,15 +94,33 @@ impl Ticket {
     /// # Errors
     /// As [`Ticket::now`]; and when the longest wait is over.
     pub async fn granted(&mut self) -> Result<Lease, Error> {
-        match (&mut self.answer).await {
-            Ok(answer) => self.take(answer),
-            Err(_) => Err(stopped()),
+        match self.settled().await {
+            Some(Ok(granted)) => Ok(self.lease(granted)),
+            Some(Err(refusal)) => Err(refused(refusal)),
+            None => Err(stopped()),
+        }
+    }
+
+    /// The same without a guard: who gets a grant must give it back. `None` if the pool has ended.
+    pub(super) async fn settled(&mut self) -> Option<Result<Granted, Refusal>> {
+        loop {
+            let answer = (&mut self.answer).await.ok()?;
+            self.answered = !matches!(answer, Answer::Moved);
+            match answer {
+                Answer::Moved => self.ask_again(),
+                Answer::Granted(granted) => return Some(Ok(granted)),
+                Answer::Refused(refusal) => return Some(Err(refusal)),
+            }
         }
     }
 
     /// Position and number of those who wait.
     pub fn position(&self) -> Option<(usize, usize)> {
-        self.pool.lock().engine.position(self.request)
+        let state = self.pool.lock();
+        match self.place {
+            Place::Here(request) => state.engine.position(request),
+            Place::There(stream) => state.shared.as_ref()?.asking.get(&stream)?.place,
+        }
     }
 
     /// Why daemons that are to come are not there, if that is what it waits for.
@@ -51,12 +128,16 @@ impl Ticket {
         self.pool.lock().engine.why_waiting()
     }
 
-    fn take(&mut self, answer: Result<Granted, Refusal>) -> Result<Lease, Error> {
+    /// Another one admits now.
+    fn ask_again(&mut self) {
+        let Some(want) = self.want.clone() else { return };
+        let mut state = self.pool.lock();
+        (self.place, self.answer) = Self::enter(&self.pool, &mut state, &want, Some(&want));
+    }
+
+    fn lease(&mut self, granted: Granted) -> Lease {
         self.answered = true;
-        match answer {
-            Ok(granted) => Ok(Lease::new(self.pool.clone(), granted)),
-            Err(refusal) => Err(refused(refusal)),
-        }
+        Lease::new(self.pool.clone(), granted)
     }
 }
 
@@ -66,16 +147,29 @@ impl Drop for Ticket {
             return;
         }
         let mut state = self.pool.lock();
-        state.waiting.remove(&self.request);
-        // A `/session` waits with its build's ticket, and is none of its own.
-        let waited = state.engine.waits(self.request);
-        self.pool.handle(&mut state, Event::Abandon(self.request));
+        let mut waited = false;
+        match self.place {
+            Place::Here(request) => {
+                state.waiting.remove(&request);
+                // A `/session` waits with its build's ticket, and is none of its own.
+                waited = state.engine.waits(request);
+                self.pool.handle(&mut state, Event::Abandon(request));
+            }
+            Place::There(stream) => {
+                if let Some(shared) = &mut state.shared
+                    && shared.asking.remove(&stream).is_some()
+                {
+                    shared.post(Up::Abandon { stream });
+                    self.pool.outgoing.notify_one();
+                }
+            }
+        }
+        drop(state);
         // Granted in the very moment in which its client left: straight back.
         self.answer.close();
         match self.answer.try_recv() {
-            Ok(Ok(granted)) => {
-                let outcome = Outcome::ClientGone;
-                self.pool.handle(&mut state, Event::Release { open: granted.open, outcome });
+            Ok(Answer::Granted(granted)) => {
+                self.pool.said(granted.hold, Said::Released(Outcome::ClientGone));
             }
             _ if waited => self.pool.metrics.queue_abandoned.inc(),
             _ => {}

@@ -381,7 +381,7 @@ impl Connection {
         if self.client.peer() != Peer::Open {
             return Err(Error::new(Kind::ClientGone, "the client left while it waited"));
         }
-        if self.proxy.drain.is_stopping() {
+        if self.proxy.drain.is_stopping() && !self.proxy.pool.is_shared() {
             return Err(Error::new(Kind::ShuttingDown, "dindpool is shutting down; try again"));
         }
         Ok(())
@@ -700,8 +700,12 @@ impl Connection {
         loop {
             let ticket = self.proxy.pool.acquire(want).await;
             let waiting = wait(&mut self.client, ticket, manner, told);
-            // Who still waits when the proxy is told to stop, waits for nothing.
-            let Some(lease) = self.proxy.drain.unless_stopping(waiting).await else {
+            // Who still waits when the proxy is told to stop, waits for nothing; unless another one admits.
+            let lease = match self.proxy.pool.is_shared() {
+                true => Some(waiting.await),
+                false => self.proxy.drain.unless_stopping(waiting).await,
+            };
+            let Some(lease) = lease else {
                 return Err(Error::new(Kind::ShuttingDown, "dindpool is shutting down; try again"));
             };
             let lease = lease?;

@@ -63,18 +63,30 @@ fn documented() -> Value {
 fn the_rights_are_those_that_are_documented() {
     require!(needs());
     let objects = objects(None);
-    let mut rules = object(&objects, "Role", "proxy")["rules"].clone();
-    rules[0]["resourceNames"] = json!(["dind"]);
-    // Leases are for several proxies.
-    let documented = documented().as_array().unwrap().clone();
-    let one = documented.into_iter().filter(|rule| rule["apiGroups"][0] != "coordination.k8s.io");
-    assert_eq!(rules, Value::from_iter(one));
+    let rules = |objects: &[Value]| {
+        let mut rules = object(objects, "Role", "proxy")["rules"].clone();
+        rules[0]["resourceNames"] = json!(["dind"]);
+        rules
+    };
+    let several = template(&["--set", "proxy.replicas=2"]).unwrap();
+    assert_eq!(rules(&crate::helm::documents(&several).unwrap()), documented());
+    // One alone needs no Lease.
+    let mut without = documented();
+    without.as_array_mut().unwrap().retain(|rule| rule["resources"] != json!(["leases"]));
+    assert_eq!(rules(&objects), without);
     let bound = &object(&objects, "RoleBinding", "proxy")["subjects"][0]["name"];
     assert_eq!(bound, &pod(&objects, "proxy")["serviceAccountName"]);
     // Who only looks may only look.
     let yaml = template(&["--set", "scaler.enabled=false"]).unwrap();
     let objects = crate::helm::documents(&yaml).unwrap();
     assert_eq!(object(&objects, "Role", "proxy")["rules"][0]["verbs"], json!(["get"]));
+}
+
+/// A map without one of its keys.
+fn without(map: &Value, key: &str) -> Value {
+    let mut map = map.clone();
+    map.as_object_mut().unwrap().remove(key);
+    map
 }
 
 /// Whether labels have all that a selector wants.
@@ -94,7 +106,8 @@ fn selectors_select_their_pods_and_no_others() {
         for o in &objects {
             let spec = &o["spec"];
             let selector = match o["kind"].as_str().unwrap() {
-                "Service" => &spec["selector"],
+                // The proxy that decides puts this on its own pod.
+                "Service" => &without(&spec["selector"], "dindpool.io/admits"),
                 "NetworkPolicy" => &spec["podSelector"]["matchLabels"],
                 "Deployment" | "PodDisruptionBudget" | "PodMonitor" => &spec["selector"]["matchLabels"],
                 "ServiceMonitor" => {

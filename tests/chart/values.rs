@@ -57,16 +57,7 @@ fn keys() -> BTreeSet<String> {
 #[test]
 fn the_settings_that_have_no_value_of_their_own_are_those_of_config() {
     let own = |key: &String| {
-        let named = [
-            "listen",
-            "admin",
-            "admin_token_file",
-            "daemons",
-            "kubernetes",
-            "scaler",
-            "lease",
-            "lease_duration",
-        ];
+        let named = ["listen", "admin", "admin_token_file", "daemons", "kubernetes", "lease", "scaler"];
         named.contains(&key.as_str()) || key.starts_with("scale_")
     };
     let expected: BTreeSet<String> = keys().into_iter().filter(|key| !own(key)).collect();

@@ -148,6 +148,29 @@ impl Cluster {
 }
 
 impl Cluster {
+    /// What dindpool's pods have written to the API server in this namespace, in order: each with the pod's name.
+    pub fn written(&self) -> Vec<(String, Value)> {
+        let log = fs::read_to_string(self.node.dir.path().join("log/audit")).expect("the audit log");
+        let account = format!("system:serviceaccount:{}:dindpool", self.namespace);
+        let events = log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        let ours = events.filter(|e| e["user"]["username"] == account.as_str());
+        let done = ours.filter(|e| e["responseStatus"]["code"].as_u64().is_some_and(|code| code < 300));
+        let pod = |e: &Value| {
+            e["user"]["extra"]["authentication.kubernetes.io/pod-name"][0].as_str().map(str::to_owned)
+        };
+        done.filter_map(|e| Some((pod(&e)?, e))).collect()
+    }
+
+    /// Kills the first process of a container, by its id in containerd.
+    pub fn kill(&self, container: &str) {
+        let killed = Command::new(parts::dir().join("kubernetes/bin/ctr"))
+            .arg("--address")
+            .arg(self.node.dir.path().join("run/containerd.sock"))
+            .args(["--namespace", "k8s.io", "tasks", "kill", "--signal", "SIGKILL", container])
+            .status();
+        assert!(killed.expect("ctr runs").success(), "container {container} is not killed");
+    }
+
     /// The kubeconfig of a service account that may do what docs/kubernetes.md says dindpool needs, and no more.
     pub fn restricted(&self, deployment: &str) -> PathBuf {
         self.apply(&rights(deployment));
@@ -257,6 +280,7 @@ rules:
 - {{apiGroups: [apps], resources: [deployments/scale], resourceNames: [{deployment}], verbs: [get, update]}}
 - {{apiGroups: [''], resources: [pods], verbs: [list, watch, patch]}}
 - {{apiGroups: [events.k8s.io], resources: [events], verbs: [create]}}
+- {{apiGroups: [coordination.k8s.io], resources: [leases], verbs: [get, create, update]}}
 ---
 apiVersion: rbac.authorization.k8s.io/v1
 kind: RoleBinding

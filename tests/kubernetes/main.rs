@@ -14,6 +14,7 @@ mod chart;
 mod common;
 mod evict;
 mod notes;
+mod lease;
 mod pool;
 
 /// The API server that all tests share: written by the one that stops it.

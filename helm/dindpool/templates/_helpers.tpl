@@ -122,12 +122,13 @@ topologySpreadConstraints:
 {{- ceil (mulf $number (get (dict "ms" 0.001 "s" 1.0 "m" 60.0 "h" 3600.0) $unit)) | int64 }}
 {{- end }}
 
-{{/* How long the pod of the proxy may take to go. */}}
+{{/* How long the pod of the proxy may take to go; of several, it first waits until another one decides. */}}
 {{- define "dindpool.grace" -}}
 {{- if kindIs "invalid" .Values.proxy.terminationGracePeriodSeconds }}
 {{- $delay := include "dindpool.seconds" (.Values.config.shutdown_delay | default "5s") | int64 }}
 {{- $grace := include "dindpool.seconds" (.Values.config.shutdown_grace | default "10m") | int64 }}
-{{- add $delay $grace 15 }}
+{{- $lease := ternary (include "dindpool.seconds" (.Values.config.lease_duration | default "15s") | int64) 0 (gt (int .Values.proxy.replicas) 1) }}
+{{- add $delay $grace $lease 15 }}
 {{- else }}
 {{- .Values.proxy.terminationGracePeriodSeconds | int64 }}
 {{- end }}

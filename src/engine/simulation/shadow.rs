@@ -151,6 +151,13 @@ impl Shadow {
         }
     }
 
+    /// Requests that are open have other numbers from now on.
+    pub fn renumber(&mut self, numbers: &BTreeMap<OpenId, OpenId>) {
+        let grants = std::mem::take(&mut self.grants).into_iter();
+        self.grants = grants.map(|(open, grant)| (*numbers.get(&open).unwrap_or(&open), grant)).collect();
+        self.opens_seen.extend(numbers.values());
+    }
+
     /// What the event itself says. Returns the grant that it ends.
     fn event(&mut self, event: &Event, now: Time) -> Option<Granted> {
         match event {
@@ -216,7 +223,11 @@ impl Shadow {
                 }
             }
             // They move only what the engine may choose freely.
-            Event::Leaving { .. } | Event::LetGo { .. } => {}
+            Event::Retired
+            | Event::Import { .. }
+            | Event::Attach(_)
+            | Event::Leaving { .. }
+            | Event::LetGo { .. } => {}
             Event::Tick => {
                 for container in self.containers.values_mut() {
                     if container.until.is_some_and(|until| until <= now) {
