@@ -39,12 +39,20 @@ struct Notes {
     chronicle: Chronicle,
     /// Until when each kind of note is not tried, because it is not allowed.
     forbidden: [Option<Time>; 2],
+    /// Whether the last of each kind was not written for another reason.
+    failed: [bool; 2],
 }
 
 /// Writes what is to be written, until it is dropped or the provisioner has ended.
 pub async fn run(pool: Arc<Pool>, to: mpsc::Sender<Writing>) {
-    let mut notes =
-        Notes { pool, to, marks: Marks::default(), chronicle: Chronicle::default(), forbidden: [None; 2] };
+    let mut notes = Notes {
+        pool,
+        to,
+        marks: Marks::default(),
+        chronicle: Chronicle::default(),
+        forbidden: [None; 2],
+        failed: [false; 2],
+    };
     let mut tick = tokio::time::interval(PERIOD);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
@@ -102,7 +110,7 @@ impl Notes {
         };
         self.pool.metrics.notes.with_label_values(&[word, outcome]).inc();
         match &result {
-            Ok(()) => self.forbidden[kind] = None,
+            Ok(()) => (self.forbidden[kind], self.failed[kind]) = (None, false),
             Err(Unwritten::Forbidden(why)) => {
                 // Once: it is nothing that dindpool cannot do without.
                 if self.forbidden[kind].is_none() {
@@ -112,7 +120,12 @@ impl Notes {
                 }
                 self.forbidden[kind] = Some(self.pool.now() + FORBIDDEN);
             }
-            Err(Unwritten::Failed(why)) => tracing::debug!("a {word} was not written: {why}"),
+            Err(Unwritten::Failed(why)) => {
+                // One line for an API server that is away, not one a second.
+                if !std::mem::replace(&mut self.failed[kind], true) {
+                    tracing::warn!("a {word} was not written: {why}");
+                }
+            }
         }
         result.is_ok()
     }

@@ -75,7 +75,8 @@ impl Notes {
         let end = (0..=LONGEST.min(text.len())).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
         Event {
             metadata: ObjectMeta {
-                generate_name: Some(format!("{}.", self.deployment)),
+                // The generated name is validated as a prefix, too: no dot at its end.
+                generate_name: Some(format!("{}-", self.deployment)),
                 namespace: Some(self.namespace.clone()),
                 ..ObjectMeta::default()
             },
