@@ -13,8 +13,8 @@ mod chart;
 #[path = "../common/mod.rs"]
 mod common;
 mod evict;
-mod notes;
 mod lease;
+mod notes;
 mod pool;
 
 /// The API server that all tests share: written by the one that stops it.
