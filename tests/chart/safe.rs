@@ -26,9 +26,11 @@ fn the_proxy_is_a_restricted_pod_and_a_daemon_has_no_token() {
             assert!(probe.is_null() || probe["httpGet"]["port"] == "admin", "{set:?}: {probe}");
         }
         assert_eq!(pod(&objects, "dind")["automountServiceAccountToken"], false);
-        let kinds: Vec<&str> = objects.iter().filter_map(|o| o["kind"].as_str()).collect();
-        for kind in ["ClusterRole", "ClusterRoleBinding", "Secret"] {
-            assert!(!kinds.contains(&kind), "{set:?} makes a {kind}");
+        for o in &objects {
+            let kind = o["kind"].as_str().unwrap();
+            assert!(!["ClusterRole", "ClusterRoleBinding"].contains(&kind), "{set:?} makes a {kind}");
+            let hooks = o["metadata"]["name"].as_str().is_some_and(|name| name.ends_with("-prestop"));
+            assert!(kind != "Secret" || hooks, "{set:?} makes a {kind}");
         }
     }
 }
@@ -155,4 +157,34 @@ fn another_version_of_the_chart_does_not_replace_the_daemons() {
     let template = |objects: &[Value], component| object(objects, "Deployment", component)["spec"].clone();
     assert_eq!(template(&now, "dind"), template(&next, "dind"));
     assert_ne!(template(&now, "proxy"), template(&next, "proxy"), "its image is another one");
+}
+
+/// The token of hooks and proxy is one Secret; the address is a Service of the proxy's; the script is that of deploy.
+#[test]
+fn the_hooks_of_the_daemons_reach_the_proxy() {
+    require!(needs());
+    let objects = objects(None);
+    let dind = pod(&objects, "dind");
+    let script = object(&objects, "ConfigMap", "dind");
+    assert_eq!(script["data"]["prestop.sh"].as_str().unwrap().trim(), read("deploy/prestop.sh").trim());
+    assert_eq!(read("helm/dindpool/files/prestop.sh"), read("deploy/prestop.sh"));
+    let secret = object(&objects, "Secret", "dind")["metadata"]["name"].clone();
+    let sources = dind["volumes"][0]["projected"]["sources"].as_array().unwrap();
+    assert_eq!(sources[0]["configMap"]["name"], script["metadata"]["name"]);
+    assert_eq!(sources[1]["secret"]["name"], secret);
+    let volumes = pod(&objects, "proxy")["volumes"].as_array().unwrap();
+    assert!(volumes.iter().any(|volume| volume["secret"]["secretName"] == secret));
+
+    let service = object(&objects, "Service", "prestop");
+    let port = service["spec"]["ports"][0]["port"].as_u64().unwrap();
+    let url = format!("http://{}.ci.svc:{port}", service["metadata"]["name"].as_str().unwrap());
+    let env = dind["containers"][0]["env"].as_array().unwrap();
+    assert!(env.contains(&json!({ "name": "DINDPOOL_PRESTOP_URL", "value": url })), "{env:?}");
+    let toml = object(&objects, "ConfigMap", "proxy")["data"]["dindpool.toml"].as_str().unwrap();
+    assert!(toml.contains(&format!("\nprestop = \"0.0.0.0:{port}\"\n")), "{toml}");
+    let hook = json!({ "exec": { "command": ["sh", "/etc/dindpool/prestop.sh"] } });
+    assert_eq!(dind["containers"][0]["lifecycle"]["preStop"], hook);
+
+    let yaml = template(&["--set", "dind.prestop.enabled=false"]).unwrap();
+    assert!(!yaml.to_lowercase().contains("prestop"), "{yaml}");
 }

@@ -66,6 +66,8 @@ fn the_settings_that_have_no_value_of_their_own_are_those_of_config() {
             "scaler",
             "lease",
             "lease_duration",
+            "prestop",
+            "prestop_token_file",
         ];
         named.contains(&key.as_str()) || key.starts_with("scale_")
     };
@@ -81,8 +83,9 @@ fn dindpool_understands_the_file_that_values_make() {
     for set in sets() {
         let objects = objects(set.as_deref());
         let toml = object(&objects, "ConfigMap", "proxy")["data"]["dindpool.toml"].as_str().unwrap();
-        // The token's file is in the pod alone.
-        let lines: Vec<&str> = toml.lines().filter(|line| !line.starts_with("admin_token_file")).collect();
+        // Files of tokens are in the pod alone.
+        let there = |line: &&str| !line.starts_with("admin_token_file") && !line.starts_with("prestop");
+        let lines: Vec<&str> = toml.lines().filter(there).collect();
         let raw = Raw::from_toml(&lines.join("\n")).unwrap_or_else(|faults| panic!("{set:?}: {faults}"));
         let settings = raw.validate(true).unwrap_or_else(|faults| panic!("{set:?}: {faults}"));
         let deployment = object(&objects, "Deployment", "dind");

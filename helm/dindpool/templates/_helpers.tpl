@@ -24,6 +24,13 @@
 {{ include "dindpool.fullname" . }}-admin
 {{- end }}
 
+{{/* Not empty where preStop hooks ask the proxy: the name of the Secret with their token. */}}
+{{- define "dindpool.prestop" -}}
+{{- if and .Values.dind.prestop.enabled (not .Values.dind.lifecycle) }}
+{{- .Values.dind.prestop.existingSecret | default (printf "%s-prestop" (include "dindpool.fullname" .)) }}
+{{- end }}
+{{- end }}
+
 {{- define "dindpool.serviceAccount" -}}
 {{- default (ternary (include "dindpool.fullname" .) "default" .Values.serviceAccount.create) .Values.serviceAccount.name }}
 {{- end }}
@@ -151,10 +158,10 @@ topologySpreadConstraints:
 {{- end }}
 {{- $ports := list (int .Values.service.port) }}
 {{- range .Values.proxy.extraListeners }}
-{{- if or (has (int .port) $ports) (eq (int .port) 9375) }}
+{{- if or (has (int .port) $ports) (has (int .port) (list 9375 9376)) }}
 {{- fail (printf "proxy.extraListeners: port %d of %s is in use already" (int .port) .name) }}
 {{- end }}
-{{- if has .name (list "docker" "admin") }}
+{{- if has .name (list "docker" "admin" "prestop") }}
 {{- fail (printf "proxy.extraListeners: the name %s is in use already" .name) }}
 {{- end }}
 {{- $ports = append $ports (int .port) }}
