@@ -86,6 +86,13 @@ impl Release<'_> {
         answer.ok().map(|answer| answer.json())
     }
 
+    /// `/metrics` of it.
+    #[track_caller]
+    fn metrics(&self) -> String {
+        let pods = self.cluster.pods("app.kubernetes.io/component=proxy");
+        http::get(&Addr::Tcp(format!("{}:9375", pods[0].ip)), "/metrics").text()
+    }
+
     /// Starts a pod with a client, and what it has to do.
     #[track_caller]
     fn client(&self, name: &str, host: Option<&str>, script: &str) {
@@ -197,8 +204,9 @@ fn the_chart_is_installed_tested_upgraded_rolled_back_and_leaves_nothing() {
     release.helm(&["test", "dindpool", "--timeout", "3m"]);
     the_proxy_is_restricted(&release);
 
-    // From no daemon at all.
+    // From no daemon at all. The pod that went has asked whether it may.
     empties(&release);
+    assert!(release.metrics().lines().any(asked), "{}", release.metrics());
     let start = Instant::now();
     let registry = release.registry();
     release.client("by-host", Some(&release.host()), &job(&registry, "by-host"));
@@ -223,6 +231,11 @@ fn the_chart_is_installed_tested_upgraded_rolled_back_and_leaves_nothing() {
     cluster.kubectl(&["delete", "pod", "by-host", "by-context", "during", "--wait"]);
     let left = || release.everything().difference(&before).cloned().collect::<Vec<_>>();
     wait_until("nothing is left", secs(120), || left().is_empty());
+}
+
+/// Whether a line of metrics says that a preStop hook was told that its daemon is drained.
+fn asked(line: &str) -> bool {
+    line.starts_with("dindpool_prestop_answers_total{outcome=\"drained\"} ") && !line.ends_with(" 0")
 }
 
 /// The namespace's Pod Security is asked which pods it would not have: the daemons, and no others.
