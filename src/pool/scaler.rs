@@ -103,9 +103,14 @@ impl Pool {
                 self.tell("DaemonStuck", true, format!("a daemon does not come up: {fault}"));
             }
         }
-        if active && status.reason == Reason::Maximum {
-            let text = "work waits, and there are as many daemons as there may be";
-            self.tell("PoolFull", true, format!("{text}: {}", status.desired));
+        let max = self.config().scale.max;
+        let full = replicas.is_some_and(|n| n >= max) && status.reason != Reason::Starting;
+        if active && full && state.engine.waits_for_anybody() > 0 {
+            self.tell(
+                "PoolFull",
+                true,
+                format!("work waits, and there are {max} daemons, as many as there may be"),
+            );
         }
         state.scaler = Some(status);
         if state.growth != growth {
