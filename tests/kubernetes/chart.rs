@@ -204,9 +204,9 @@ fn the_chart_is_installed_tested_upgraded_rolled_back_and_leaves_nothing() {
     release.helm(&["test", "dindpool", "--timeout", "3m"]);
     the_proxy_is_restricted(&release);
 
-    // From no daemon at all. The pod that went has asked whether it may.
+    // From no daemon at all. The pod that goes asks whether it may.
     empties(&release);
-    assert!(release.metrics().lines().any(asked), "{}", release.metrics());
+    wait_until("its hook has been answered", secs(30), || release.metrics().lines().any(asked));
     let start = Instant::now();
     let registry = release.registry();
     release.client("by-host", Some(&release.host()), &job(&registry, "by-host"));
