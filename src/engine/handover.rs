@@ -85,6 +85,8 @@ pub struct ObjectExport {
     pub unstarted: Time,
     /// Its compose project.
     pub project: Option<String>,
+    /// Whether it is a container that counts as load that no session made; not what may be a build's own.
+    pub stranger: bool,
     /// How long ago something was learned of it.
     pub age: Time,
 }
@@ -267,6 +269,7 @@ impl Engine {
                     started: o.started,
                     unstarted: o.unstarted.saturating_sub(now),
                     project: o.project.clone(),
+                    stranger: kind == Kind::Container && d.strangers.counts(id),
                     age: now.saturating_sub(o.seen),
                 })
                 .collect(),
@@ -292,6 +295,7 @@ impl Engine {
             (d.used, d.open, d.cordon, d.builders) = (0, 0, None, Builders::default());
             d.sessions.clear();
         }
+        self.strangers_begin_anew();
         self.count_all_strangers();
         self.queue.changed = true;
     }
@@ -319,6 +323,13 @@ impl Engine {
         let listed: BTreeSet<DaemonId> =
             self.daemons.values().filter(|d| d.listed).map(|d| d.id.clone()).collect();
         self.images.import(&export.images, &there, &listed, NEWS, now);
+        // Before anybody builds here: what counted while others built goes on to count.
+        self.strangers_begin_anew();
+        for d in export.daemons.iter().filter(|d| there.contains(&d.id)) {
+            for stranger in d.objects.iter().filter(|o| o.stranger) {
+                self.count_stranger(&d.id, &stranger.id);
+            }
+        }
         let mut live = self.live();
         for session in &export.sessions {
             self.import_session(session, &there, live.remove(&session.key).unwrap_or_default(), now);
@@ -520,13 +531,16 @@ impl Engine {
         self.effects.push(Effect::Attached { theirs: export.open, open, daemon, lease });
     }
 
-    /// Counts every container anew, for its owners and as a stranger.
+    fn strangers_begin_anew(&mut self) {
+        for d in self.daemons.values_mut() {
+            d.strangers = super::strangers::Strangers::default();
+        }
+    }
+
+    /// Looks at every container, whether it is a stranger.
     fn count_all_strangers(&mut self) {
         let daemons: Vec<DaemonId> = self.daemons.keys().cloned().collect();
         for daemon in daemons {
-            if let Some(d) = self.daemons.get_mut(&daemon) {
-                d.strangers = super::strangers::Strangers::default();
-            }
             let is_container =
                 |(kind, id, _): (Kind, &str, &Object)| (kind == Kind::Container).then(|| id.to_string());
             let containers: Vec<String> = self.objects.on(&daemon).filter_map(is_container).collect();

@@ -32,6 +32,11 @@ impl Strangers {
         self.suspects.contains(id)
     }
 
+    /// Whether a container counts as load that nobody here made.
+    pub fn counts(&self, id: &str) -> bool {
+        self.running.contains_key(id)
+    }
+
     /// A container is one of a group, or no stranger that runs.
     fn set(&mut self, id: &str, group: Option<&str>) {
         let before = match group {
