@@ -96,9 +96,16 @@ impl Engine {
                 && session.home.as_ref().is_some_and(|h| h.daemon == *daemon)
             {
                 session.owned.remove(&Owned::Image(reference));
-                self.settle(&key, now);
+                self.owns_less(&key, now);
             }
         }
+    }
+
+    /// What waited for a session's daemon alone may go to any, once nothing of its own is there.
+    fn owns_less(&mut self, key: &SessionKey, now: Time) {
+        let bound = self.sessions.get(key).is_some_and(|s| s.bound_to().is_some());
+        self.queue.changed |= !bound && self.queue.has_of(key);
+        self.settle(key, now);
     }
 
     fn own(&mut self, daemon: &DaemonId, kind: Kind, id: &str, key: &SessionKey, tenant: &Tenant, now: Time) {
@@ -209,7 +216,7 @@ impl Engine {
                 && session.home.as_ref().is_some_and(|h| h.daemon == *daemon)
             {
                 session.owned.remove(&Owned::Object(kind, id.to_string()));
-                self.settle(&key, now);
+                self.owns_less(&key, now);
             }
         }
     }

@@ -341,6 +341,10 @@ impl Ledger {
                     let cut = home.is_some_and(|home| drained.contains(home));
                     self.refused(&asked, refusal, new, cut, engine, now);
                 }
+                Effect::ProbeDeeply { daemon } => {
+                    // What was held against it before it went out is doubt enough until it has written.
+                    self.doubted.insert(daemon.clone());
+                }
                 _ => {}
             }
         }
