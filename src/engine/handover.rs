@@ -156,6 +156,10 @@ pub struct OpenExport {
     pub builds: bool,
     /// Whether it holds its session to the daemon.
     pub leased: bool,
+    /// Whether its session counts it as open.
+    pub counted: bool,
+    /// Its daemon has gone, or is another one now: it only keeps its session until it ends.
+    pub orphan: bool,
     /// For how long it has been open.
     pub age: Time,
     /// A BuildKit session's uuid.
@@ -177,6 +181,8 @@ impl OpenExport {
             work: if let Class::Work(work) = class { Some(work) } else { None },
             builds: makes_images(class),
             leased,
+            counted: leased,
+            orphan: false,
             age: Time::ZERO,
             uuid: target.map(|target| target.reference),
         }
@@ -194,7 +200,6 @@ impl Engine {
         let age = |at: Time| now.saturating_sub(at);
         let left = |at: Time| at.saturating_sub(now);
         let mut opens: Vec<OpenExport> = (self.opens.iter())
-            .filter(|(_, open)| !open.orphan)
             .map(|(id, open)| OpenExport {
                 open: *id,
                 key: open.key.clone(),
@@ -205,6 +210,8 @@ impl Engine {
                 work: open.work,
                 builds: open.builds,
                 leased: open.lease.is_some(),
+                counted: open.counted,
+                orphan: open.orphan,
                 age: age(open.since),
                 uuid: open.uuid.clone(),
             })
@@ -334,8 +341,10 @@ impl Engine {
         for session in &export.sessions {
             self.import_session(session, &there, live.remove(&session.key).unwrap_or_default(), now);
         }
-        let opens = export.opens.iter().filter(|open| there.contains(&open.daemon));
-        opens.for_each(|open| self.attach(open, now));
+        for open in &export.opens {
+            let orphan = open.orphan || !there.contains(&open.daemon);
+            self.attach(&OpenExport { orphan, ..open.clone() }, now);
+        }
         self.count_all_strangers();
         for session in &export.sessions {
             self.settle(&session.key, now);
@@ -474,30 +483,31 @@ impl Engine {
 
     /// A request that is open at a proxy counts here from now on.
     pub(super) fn attach(&mut self, export: &OpenExport, now: Time) {
-        let OpenExport { key, tenant, daemon, .. } = export.clone();
-        if !self.daemons.contains_key(&daemon) {
+        let OpenExport { key, tenant, daemon, orphan, .. } = export.clone();
+        if !orphan && !self.daemons.contains_key(&daemon) {
             return;
         }
         let home = self.sessions.get(&key).and_then(|s| s.home.as_ref());
         let elsewhere = home.is_some_and(|home| home.lease.is_some() && home.daemon != daemon);
-        let leased = export.leased && !elsewhere;
+        let leased = export.leased && !elsewhere && !orphan;
+        let uuid = export.uuid.clone().filter(|_| !orphan);
+        let builds = export.builds && !orphan;
         if leased {
             self.bind(&key, &tenant, &daemon, now);
             self.group(&key, export.source.clone());
         }
         let unit = if leased { export.unit } else { Unit::None };
-        if export.builds
-            && let Some(d) = self.daemons.get_mut(&daemon)
-        {
+        if builds && let Some(d) = self.daemons.get_mut(&daemon) {
             d.builders.start(&key, &tenant);
         }
-        if let Some(uuid) = &export.uuid {
+        if let Some(uuid) = &uuid {
             self.objects.hold(&daemon, Kind::BuildSession, uuid, Some(&tenant), now);
         }
         self.next_open += 1;
         let open = OpenId(self.next_open);
         let mut lease = None;
-        if let Some(session) = self.sessions.get_mut(&key) {
+        let counted = (export.counted || leased) && self.sessions.contains_key(&key);
+        if let Some(session) = self.sessions.get_mut(&key).filter(|_| counted) {
             session.open += 1;
             match unit {
                 Unit::Build => session.builds += 1,
@@ -511,20 +521,20 @@ impl Engine {
             }
         }
         let known = Open {
-            counted: self.sessions.contains_key(&key),
+            counted,
             key: key.clone(),
             daemon: daemon.clone(),
             unit,
             work: export.work,
-            builds: export.builds,
+            builds,
             lease,
             tenant,
             since: now.saturating_sub(export.age),
-            uuid: export.uuid.clone(),
-            orphan: false,
+            uuid,
+            orphan,
         };
         self.opens.insert(open, known);
-        if let Some(d) = self.daemons.get_mut(&daemon) {
+        if let Some(d) = self.daemons.get_mut(&daemon).filter(|_| !orphan) {
             d.open += 1;
         }
         self.settle(&key, now);
