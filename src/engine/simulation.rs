@@ -3,8 +3,7 @@
 //! are cordoned and drained, limits change; what is learned arrives late, twice and out of order. After every event a
 //! shadow model that shares no code with the engine checks it.
 //!
-//! `DINDPOOL_HANDOVER=1` lets other proxies take over now and then. That is not on yet: of ten thousand seeds some fail,
-//! in what is counted of requests whose daemon has gone.
+//! Now and then another proxy takes over.
 //!
 //! A failing seed is printed with the way to replay it. `DINDPOOL_SEEDS` sets how many are tried,
 //! `DINDPOOL_SEED` runs one of them and prints its events. The same simulations take their choices from the bytes
@@ -67,7 +66,6 @@ struct Simulation {
     /// Learned, and on its way.
     late: Vec<Event>,
     trace: bool,
-    hands_over: bool,
 }
 
 impl Simulation {
@@ -89,7 +87,6 @@ impl Simulation {
             containers: Vec::new(),
             late: Vec::new(),
             trace,
-            hands_over: std::env::var_os("DINDPOOL_HANDOVER").is_some(),
         }
     }
 
@@ -160,7 +157,7 @@ impl Simulation {
             75..88 => self.news_arrives(),
             88..92 => self.daemon_is_listed(),
             92..97 => self.pool_changes(),
-            97 if self.hands_over => self.another_proxy_admits(),
+            97 => self.another_proxy_admits(),
             _ => self.operator_acts(),
         }
     }
