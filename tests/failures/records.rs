@@ -156,7 +156,7 @@ fn row_44_many_clients_sessions_tenants_and_paths_leave_no_more_series_than_a_fe
     let new: Vec<_> = after.difference(&before).collect();
     say(format!("          {} series after 480 of each, {} after 80", after.len(), before.len()));
     // A series may begin with a rare outcome; one for each of 400 would be 400. Each metric has tenants of its own that
-    // it names, those that it met first: nobody may have waited among the first 80.
+    // it names (50, and `other`), those that it met first: nobody may have waited among the first 80.
     let other: Vec<_> = new.iter().filter(|s| !s.contains("tenant=\"")).collect();
     assert!(other.len() <= 20, "{other:?}");
     let mut tenants: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
@@ -167,6 +167,6 @@ fn row_44_many_clients_sessions_tenants_and_paths_leave_no_more_series_than_a_fe
         }
     }
     assert!(tenants.values().any(|named| named.len() > 20), "tenants are labels: {tenants:?}");
-    let many: Vec<_> = tenants.iter().filter(|(_, named)| named.len() > 40).collect();
+    let many: Vec<_> = tenants.iter().filter(|(_, named)| named.len() > 51).collect();
     assert!(many.is_empty(), "{many:?}");
 }
