@@ -39,8 +39,9 @@ fn ask(key: &str, class: Class) -> Acquire {
 
 impl Pool {
     fn of(daemons: usize) -> Self {
-        let mut pool =
-            Pool { engine: Engine::new(Config::default(), 1), now: Time::from_secs(1), requests: 0 };
+        // Ten thousand sessions have built, and do not build now: with their slots kept, the next ones would wait.
+        let config = Config { linger: Time::ZERO, ..Config::default() };
+        let mut pool = Pool { engine: Engine::new(config, 1), now: Time::from_secs(1), requests: 0 };
         let ids: Vec<DaemonId> = (0..daemons).map(|i| format!("dind-{i}.dind.ci.svc").into()).collect();
         let observed = ids
             .iter()

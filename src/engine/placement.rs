@@ -145,6 +145,9 @@ impl Engine {
 
     /// Those daemons where nothing is in the way of what is going to be made; all of them, if something is everywhere.
     fn apart<'a>(&self, acquire: &Acquire, able: Vec<&'a Daemon>) -> Vec<&'a Daemon> {
+        if acquire.requirements.apart.is_empty() {
+            return able;
+        }
         let in_the_way = |d: &Daemon| {
             acquire.requirements.apart.iter().any(|o| match o.kind {
                 Kind::Project => self.taken(acquire, o).contains(&d.id),

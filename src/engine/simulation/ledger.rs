@@ -340,6 +340,12 @@ impl Ledger {
                     let home = before.bound.get(&asked.key);
                     let cut = home.is_some_and(|home| drained.contains(home));
                     self.refused(&asked, refusal, new, cut, engine, now);
+                    if !new {
+                        // Whoever is refused has had the turn of its tenant, and of its session.
+                        self.passed.remove(asked.tenant);
+                        self.streaks.remove(asked.tenant);
+                        self.passed_by.remove(&asked.key);
+                    }
                 }
                 Effect::ProbeDeeply { daemon } => {
                     // What was held against it before it went out is doubt enough until it has written.

@@ -204,7 +204,9 @@ impl Shadow {
                 self.config = (**config).clone();
                 if self.config.deep_probe_interval.is_zero() {
                     // What has answered comes back, whether it can write or not.
-                    self.members.values_mut().for_each(|m| (m.writes, m.passive) = (false, false));
+                    for m in self.members.values_mut().filter(|m| m.writes) {
+                        (m.writes, m.passive, m.well) = (false, false, None);
+                    }
                 }
             }
             Event::Cordon { daemon, by } => self.cordon(daemon, *by),
