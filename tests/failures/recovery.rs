@@ -64,14 +64,11 @@ impl Drop for Refusing {
     }
 }
 
-/// Metrics of one moment: retries, and whether this daemon takes sessions.
+/// Requests that were tried elsewhere so far, and whether this daemon takes sessions afterwards.
 fn retries_and_up(pool: &Pool, id: &str) -> (f64, f64) {
-    let text = pool.admin("/metrics").text();
-    let value = |series: &str| {
-        let line = text.lines().find_map(|l| l.strip_prefix(series)?.strip_prefix(' '));
-        line.unwrap_or("0").parse::<f64>().unwrap()
-    };
-    (value("dindpool_retries_total"), value(&format!("dindpool_daemon_up{{daemon=\"{id}\"}}")))
+    // One after the other: the daemons of a scrape are those of its beginning, the counters those of its end.
+    let retries = pool.metric("dindpool_retries_total");
+    (retries, pool.metric(&format!("dindpool_daemon_up{{daemon=\"{id}\"}}")))
 }
 
 #[test]
