@@ -113,8 +113,14 @@ fn selectors_select_their_pods_and_no_others() {
                 "NetworkPolicy" => &spec["podSelector"]["matchLabels"],
                 "Deployment" | "PodDisruptionBudget" | "PodMonitor" => &spec["selector"]["matchLabels"],
                 "ServiceMonitor" => {
-                    let service = object(&objects, "Service", "admin");
-                    assert!(selects(&spec["selector"]["matchLabels"], &service["metadata"]["labels"]));
+                    let monitored = |o: &&Value| {
+                        o["kind"] == "Service"
+                            && selects(&spec["selector"]["matchLabels"], &o["metadata"]["labels"])
+                    };
+                    let services: Vec<_> = objects.iter().filter(monitored).collect();
+                    assert_eq!(services.len(), 1, "{set:?}: a pod would be counted twice, or never");
+                    // Each proxy counts what it relays, also those that do not decide.
+                    assert!(services[0]["spec"]["selector"]["dindpool.io/admits"].is_null(), "{set:?}");
                     continue;
                 }
                 _ => continue,
@@ -127,6 +133,32 @@ fn selectors_select_their_pods_and_no_others() {
         }
         assert!(seen >= 4);
     }
+}
+
+#[test]
+fn of_several_proxies_the_one_that_decides_is_asked_and_nodes_are_drained_of_one_after_the_other() {
+    require!(needs());
+    let objects = |set: &str| crate::helm::documents(&template(&["--set", set]).unwrap()).unwrap();
+    let (one, two) = (objects("proxy.replicas=1"), objects("proxy.replicas=2"));
+    let of = |objects: &[Value], kind: &str, component: &str| {
+        let is = |o: &&Value| {
+            o["kind"] == kind && o["metadata"]["labels"]["app.kubernetes.io/component"] == component
+        };
+        objects.iter().find(is).map(|o| o["spec"].clone())
+    };
+    for component in ["proxy", "admin"] {
+        let admits =
+            |objects| of(objects, "Service", component).unwrap()["selector"]["dindpool.io/admits"].clone();
+        assert!(admits(&one).is_null(), "nobody labels a proxy that is alone");
+        assert!(admits(&two).is_string(), "{component}");
+    }
+    assert!(of(&one, "Service", "metrics").is_none());
+    assert_eq!(of(&two, "Service", "metrics").unwrap()["clusterIP"], "None");
+    // With one proxy it would keep its node from being drained.
+    assert!(of(&one, "PodDisruptionBudget", "proxy").is_none());
+    assert_eq!(of(&two, "PodDisruptionBudget", "proxy").unwrap()["maxUnavailable"], 1);
+    let without = objects("proxy.replicas=2,podDisruptionBudget.proxy.enabled=false");
+    assert!(of(&without, "PodDisruptionBudget", "proxy").is_none());
 }
 
 #[test]
