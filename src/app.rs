@@ -119,6 +119,9 @@ pub async fn run(
     beside: impl FnOnce(Arc<Pool>) -> Beside,
 ) -> anyhow::Result<()> {
     let metrics = Metrics::new(prometheus::Registry::new()).context("metrics")?;
+    for listener in &settings.listen {
+        metrics.tenant(listener.identity.tenant.as_str());
+    }
     let pool = Pool::new(settings.pool.clone(), metrics.clone(), seed());
     let proxy = Arc::new(Proxy {
         pool: pool.clone(),

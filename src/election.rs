@@ -395,7 +395,6 @@ impl Contest {
         let leaving = self.leaving;
         tracing::warn!(lease = self.target.name, leaving, "no longer the holder of the Lease");
         self.shared.metrics.lease_changes.with_label_values(&["ended"]).inc();
-        self.shared.metrics.lease_holder.set(0);
         self.shared.pool.suspend();
         self.current = None;
         if let Some(entering) = self.entering.take() {
@@ -440,7 +439,6 @@ impl Contender {
             if whole || predecessor.is_none() { Duration::ZERO } else { 2 * self.policy.retry + AGAIN };
         let imported = self.pool.take_over(number, handover.unwrap_or_default(), until, opens);
         self.entered.store(number, Ordering::Release);
-        self.metrics.lease_holder.set(1);
         let counts = [
             ("sessions", imported.sessions),
             ("objects", imported.objects),

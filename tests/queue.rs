@@ -382,7 +382,7 @@ fn killed(lab: &Lab, what: &str, flavour: Flavour, command: &str) {
     assert_eq!(containers_made(&full.daemon), before, "a container was made for a client that had left");
     let outcomes = full.pool.admin("/metrics").text();
     assert!(
-        outcomes.contains("dindpool_queue_abandoned_total 3\n")
+        outcomes.contains("dindpool_queue_abandoned_total{tenant=\"default\"} 3\n")
             && outcomes.contains("dindpool_requests_total{class=\"work\",outcome=\"client-gone\"} 3\n"),
         "{}",
         outcomes

@@ -224,7 +224,7 @@ impl Admin {
     fn show<B>(&self, request: &Request<B>) -> Answer {
         match request.uri().path() {
             "/metrics" => {
-                let text = self.pool.metrics().render(&self.pool.status());
+                let text = self.pool.metrics().render(&self.pool.snapshot());
                 reply(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", text)
             }
             "/livez" => reply(StatusCode::OK, TEXT, "ok\n"),

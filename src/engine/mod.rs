@@ -308,6 +308,12 @@ impl Engine {
         sessions.into_iter()
     }
 
+    /// Every session that has a lease, in no order: its tenant, and the slots that it holds.
+    pub fn leased(&self) -> impl Iterator<Item = (&Tenant, u32)> {
+        let leased = |s: &&Session| s.lease().is_some();
+        self.sessions.values().filter(leased).map(|s| (&s.tenant, s.slots))
+    }
+
     /// One session.
     pub fn session(&self, key: &SessionKey) -> Option<&Session> {
         self.sessions.get(key)

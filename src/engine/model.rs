@@ -212,8 +212,12 @@ pub enum Refusal {
     NotFound(String),
     /// The session's daemon has gone, and everything on it.
     SessionLost(String),
-    /// The queue is full, or the longest wait is over.
+    /// The queue is full.
     QueueFull(String),
+    /// As many of this tenant wait as may.
+    TenantFull(String),
+    /// The longest wait is over.
+    LongestWait(String),
 }
 
 /// How a request or stream ended, as far as it matters to decisions.

@@ -186,6 +186,11 @@ impl Engine {
         self.queue.order().into_iter().filter_map(ticket).collect()
     }
 
+    /// Who waits, in no order: the tenant of each ticket, and since when it waits.
+    pub fn waiters(&self) -> impl Iterator<Item = (&Tenant, Time)> {
+        self.queue.tickets.values().map(|ticket| (&ticket.acquire.tenant, ticket.since))
+    }
+
     /// Where a ticket stands: its position from 1, and how many wait. `None` if it does not wait.
     pub fn position(&self, request: RequestId) -> Option<(usize, usize)> {
         if !self.waits(request) {
@@ -247,8 +252,7 @@ impl Engine {
             self.queue.joins.insert(request, Join { acquire, until });
             return;
         }
-        if let Some(message) = self.full_for(&acquire.tenant) {
-            let refusal = Refusal::QueueFull(message);
+        if let Some(refusal) = self.full_for(&acquire.tenant) {
             self.effects.push(Effect::Refused { request, refusal: refusal.clone() });
             self.refuse_joins(&acquire, &refusal);
             return;
@@ -339,16 +343,16 @@ impl Engine {
     }
 
     /// Why the queue takes no more work of a tenant.
-    fn full_for(&self, tenant: &Tenant) -> Option<String> {
+    fn full_for(&self, tenant: &Tenant) -> Option<Refusal> {
         if self.queue_is_full() {
-            return Some(self.full_message());
+            return Some(Refusal::QueueFull(self.full_message()));
         }
         let waiting = self.queue.len_of(tenant);
         self.config.tenant_waiting.filter(|limit| waiting >= *limit).map(|limit| {
-            format!(
+            Refusal::TenantFull(format!(
                 "the queue is full for {tenant}: {waiting} of at most {limit} builds wait already; try again \
                  later"
-            )
+            ))
         })
     }
 
@@ -377,7 +381,7 @@ impl Engine {
             }
             self.take_join(request);
             let message = "no build that belongs to this session got a slot".to_string();
-            self.effects.push(Effect::Refused { request, refusal: Refusal::QueueFull(message) });
+            self.effects.push(Effect::Refused { request, refusal: Refusal::LongestWait(message) });
             return;
         }
         let place = self.position(request);
@@ -388,7 +392,7 @@ impl Engine {
             "no slot came free within {waited} s, the longest wait (position {position} of {of} now); try again \
              later"
         );
-        let refusal = Refusal::QueueFull(message);
+        let refusal = Refusal::LongestWait(message);
         self.effects.push(Effect::Refused { request, refusal: refusal.clone() });
         self.refuse_joins(&ticket.acquire, &refusal);
     }
@@ -807,7 +811,7 @@ mod tests {
         pool.build("red", "r0");
         pool.build("red", "r1");
         let own_limit = pool.build("red", "r2");
-        let Refusal::QueueFull(text) = &pool.refused[&own_limit] else { panic!("no refusal") };
+        let Refusal::TenantFull(text) = &pool.refused[&own_limit] else { panic!("no refusal") };
         assert!(text.contains("full for red: 1 of at most 1"), "{text}");
         pool.build("blue", "b1");
         let full = pool.build("green", "g1");
@@ -862,7 +866,7 @@ mod tests {
         pool.build("t", "x");
         let late = pool.build("t", "y");
         pool.pass(config().max_wait);
-        let Refusal::QueueFull(text) = &pool.refused[&late] else { panic!("no refusal") };
+        let Refusal::LongestWait(text) = &pool.refused[&late] else { panic!("no refusal") };
         assert!(text.contains("position 1 of 1"), "{text}");
         assert!(pool.engine.tickets().is_empty());
     }

@@ -160,6 +160,8 @@ impl Pool {
             | Refusal::ApiVersion(text)
             | Refusal::Ambiguous(text)
             | Refusal::QueueFull(text)
+            | Refusal::TenantFull(text)
+            | Refusal::LongestWait(text)
             | Refusal::NotFound(text)
             | Refusal::SessionLost(text) => text,
         }

@@ -31,6 +31,12 @@ pub struct Info {
     /// `28.5.2`
     #[serde(rename = "ServerVersion")]
     pub version: String,
+    /// How many images there are.
+    #[serde(rename = "Images")]
+    pub images: Option<u64>,
+    /// Where its data is.
+    #[serde(rename = "DockerRootDir")]
+    pub root: String,
 }
 
 /// What the proxy answers in the daemons' stead.

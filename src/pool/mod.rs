@@ -13,12 +13,15 @@ pub mod peers;
 pub mod remote;
 pub mod scaler;
 pub mod shared;
+pub mod snapshot;
 pub mod status;
+mod survey;
 mod ticket;
 pub(crate) mod watch;
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
@@ -36,6 +39,7 @@ use crate::engine::model::*;
 use crate::engine::scaling::Growth;
 use crate::engine::{self, Engine};
 use crate::error::{Error, Kind as ErrorKind};
+use crate::metrics::snapshot::Holds;
 use crate::metrics::{Metrics, cause_word, health_word, state_word};
 use crate::provision::{DaemonSpec, Endpoint, Note, Observation};
 use about::About;
@@ -114,6 +118,12 @@ pub struct Handle {
     /// When it could last not be told whether it shares its data root, if that was the last time.
     unsure: Mutex<Option<Instant>>,
     about: Mutex<Option<Arc<About>>>,
+    /// It was met: look what its data amounts to.
+    survey: Notify,
+    /// What was found.
+    holds: Mutex<Holds>,
+    /// Where its data is, by its own word.
+    root: Mutex<Option<PathBuf>>,
     /// Probes in a row that had no answer, and when the first of them was given up.
     silence: Mutex<Option<(Instant, u32)>>,
     /// Breaks every stream to it that is open.
@@ -183,6 +193,8 @@ impl Want {
 
 /// An acquisition without an answer.
 struct Waiting {
+    /// Who waits.
+    tenant: Tenant,
     answer: oneshot::Sender<Answer>,
     /// What was wanted, where other proxies may have to know it.
     want: Option<Arc<Want>>,
@@ -359,7 +371,7 @@ impl Pool {
         let (answer, answered) = oneshot::channel();
         state.next_request += 1;
         let request = RequestId(state.next_request);
-        state.waiting.insert(request, Waiting { answer, want: shared });
+        state.waiting.insert(request, Waiting { tenant: want.tenant.clone(), answer, want: shared });
         self.handle(state, Event::Acquire(want.acquire(request)));
         (request, answered)
     }
@@ -569,7 +581,7 @@ impl Pool {
                 let waiting = state.waiting.remove(&request);
                 let handle = state.daemons.get(&daemon).map(|m| m.handle.clone());
                 let back = match (waiting, handle) {
-                    (Some(Waiting { answer, want }), Some(daemon)) => {
+                    (Some(Waiting { answer, want, .. }), Some(daemon)) => {
                         let cut = daemon.cut();
                         let hold = match (&mut state.shared, want) {
                             (Some(shared), Some(want)) => {
@@ -606,10 +618,8 @@ impl Pool {
                 }
             }
             Effect::Refused { request, refusal } => {
-                if matches!(refusal, Refusal::QueueFull(_)) {
-                    self.metrics.queue_refused.inc();
-                }
                 if let Some(waiting) = state.waiting.remove(&request) {
+                    self.metrics.turned_away(waiting.tenant.as_str(), &refusal);
                     let _ = waiting.answer.send(Answer::Refused(refusal));
                 }
             }
@@ -695,6 +705,7 @@ impl Pool {
         let mut state = self.lock();
         if let Some(alarm) = observation.alarm.take() {
             if !state.problems.contains(&alarm) {
+                self.metrics.wrong_removals.inc();
                 self.tell("WrongPodRemoved", true, alarm.clone());
             }
             observation.problems.push(alarm);
@@ -764,6 +775,9 @@ impl Pool {
                 sweep: Notify::new(),
                 leftovers: Mutex::default(),
                 about: Mutex::new(None),
+                survey: Notify::new(),
+                holds: Mutex::default(),
+                root: Mutex::new(None),
                 silence: Mutex::new(None),
                 cut: Mutex::default(),
                 met: AtomicBool::new(false),
@@ -845,7 +859,9 @@ fn refused(refusal: Refusal) -> Error {
         Refusal::NoDaemon(message) => Error::new(ErrorKind::NoDaemon, message),
         Refusal::ApiVersion(message) => Error::new(ErrorKind::BadRequest, message),
         Refusal::Ambiguous(message) | Refusal::NotFound(message) => Error::new(ErrorKind::NotFound, message),
-        Refusal::QueueFull(message) => Error::new(ErrorKind::QueueFull, message),
+        Refusal::QueueFull(message) | Refusal::TenantFull(message) | Refusal::LongestWait(message) => {
+            Error::new(ErrorKind::QueueFull, message)
+        }
         Refusal::SessionLost(message) => Error::new(ErrorKind::SessionLost, message),
     }
 }

@@ -92,7 +92,6 @@ impl Pool {
             faults: decision.stuck.clone(),
             startup: autoscaler.startup().map(|took| took.as_secs_f64()),
         };
-        self.metrics.scaled(&status);
         let growth = Growth { coming: decision.coming, faults: decision.stuck.clone() };
         let mut state = self.lock();
         for fault in &decision.stuck {
@@ -133,7 +132,6 @@ pub async fn run(pool: Arc<Pool>, changes: mpsc::Sender<Change>) {
             // Whoever admits decides; what was seen until now is old when it is this one again.
             if pool.lock().scaler.take().is_some() {
                 autoscaler = Autoscaler::new(config.scale.clone());
-                pool.metrics.not_scaled();
             }
             continue;
         }

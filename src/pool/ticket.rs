@@ -8,7 +8,7 @@ use tokio::sync::oneshot::error::TryRecvError;
 use super::peers::Up;
 use super::shared::Said;
 use super::{Granted, Lease, Pool, Want, refused};
-use crate::engine::model::{Event, Outcome, Refusal, RequestId};
+use crate::engine::model::{Event, Outcome, Refusal, RequestId, Tenant};
 use crate::error::{Error, Kind};
 
 /// What a ticket is answered with.
@@ -36,6 +36,7 @@ enum Place {
 pub struct Ticket {
     pool: Arc<Pool>,
     place: Place,
+    tenant: Tenant,
     answer: oneshot::Receiver<Answer>,
     answered: bool,
     /// What was wanted, where it may have to be asked for once more.
@@ -48,7 +49,14 @@ impl Ticket {
         let want_again = state.shared.is_some().then(|| Arc::new(want.clone()));
         let (place, answer) = Self::enter(pool, &mut state, want, want_again.as_ref());
         drop(state);
-        Ticket { pool: pool.clone(), place, answer, answered: false, want: want_again }
+        Ticket {
+            pool: pool.clone(),
+            place,
+            tenant: want.tenant.clone(),
+            answer,
+            answered: false,
+            want: want_again,
+        }
     }
 
     /// Asks the engine, or the proxy that admits.
@@ -171,7 +179,7 @@ impl Drop for Ticket {
             Ok(Answer::Granted(granted)) => {
                 self.pool.said(granted.hold, Said::Released(Outcome::ClientGone));
             }
-            _ if waited => self.pool.metrics.queue_abandoned.inc(),
+            _ if waited => self.pool.metrics.abandoned(self.tenant.as_str()),
             _ => {}
         }
     }

@@ -22,7 +22,7 @@ use tokio::time::Instant;
 use super::about::{self, About, DaemonEvent, Told};
 use super::client::{self, CallError};
 use super::deep::{self, Kinship};
-use super::{Handle, Pool};
+use super::{Handle, Pool, survey};
 use crate::engine::model::{Event, Facts, Probe};
 
 /// Between two attempts to reach a daemon that is not there (yet): a local dockerd is ready in 1–3 s, and the
@@ -54,7 +54,7 @@ pub(super) async fn watch(pool: Arc<Pool>, handle: Arc<Handle>) {
             }
         }
     };
-    tokio::join!(meet(&pool, &handle), deep);
+    tokio::join!(meet(&pool, &handle), deep, survey::survey(&pool, &handle));
 }
 
 async fn meet(pool: &Arc<Pool>, handle: &Handle) {
@@ -66,6 +66,7 @@ async fn meet(pool: &Arc<Pool>, handle: &Handle) {
                 probed(pool, handle, Probe::Answered(facts));
                 pool.meet(handle);
                 handle.sweep.notify_one();
+                handle.survey.notify_one();
                 follow(pool, handle, events, &mut identity).await;
                 // Something between that cuts every stream at once is no reason to list without a pause.
                 tokio::time::sleep_until(met + RETRY).await;
@@ -151,8 +152,10 @@ async fn contact(
 /// `/info`, and how long it took.
 async fn inform(pool: &Pool, handle: &Handle) -> Result<about::Info, CallError> {
     let asked = Instant::now();
-    let info = client::json(&handle.endpoint, "/info", pool.config().probe_deadline).await?;
+    let info: about::Info = client::json(&handle.endpoint, "/info", pool.config().probe_deadline).await?;
     pool.event(Event::Timed { daemon: handle.id.clone(), took: asked.elapsed() });
+    super::lock(&handle.holds).images = info.images;
+    *super::lock(&handle.root) = Some(&info.root).filter(|root| !root.is_empty()).map(Into::into);
     Ok(info)
 }
 

@@ -354,7 +354,7 @@ impl Connection {
                 return Err(self.tell(&error, head_only, told).await);
             }
         };
-        self.proxy.metrics.added.observe(started.elapsed().as_secs_f64());
+        self.reached(&want, started, told);
         Ok(Box::new(Admitted { head, route, who: want.into(), named, lease, daemon, told, started }))
     }
 
@@ -529,6 +529,7 @@ impl Connection {
                 return;
             }
         };
+        self.reached(&want, started, told);
         let who = Who::from(want);
         if let Some(head) = head
             && let Err(error) = upgrade(&mut daemon, head).await
@@ -544,7 +545,6 @@ impl Connection {
             self.refuse_calls(&error, told).await;
             return;
         }
-        self.proxy.metrics.added.observe(started.elapsed().as_secs_f64());
         let outcome = {
             let mut tap = SolveTap::new(|| lease.build_seen(), told.settings);
             self.tunnel(&lease, &mut daemon, TunnelKind::H2, Some(&mut tap)).await
@@ -758,7 +758,7 @@ impl Connection {
 
     /// Writes an answer of the proxy's own.
     async fn answer(&mut self, head: &RequestHead, answer: Vec<u8>) -> Next {
-        self.proxy.metrics.requests.with_label_values(&["local", "done"]).inc();
+        self.proxy.metrics.finished("local", "done", Duration::ZERO);
         if !has_no_body(head) {
             refuse(&mut self.client, &answer).await;
             return Next::Close;
@@ -797,6 +797,15 @@ impl Connection {
         Next::Close
     }
 
+    /// A request has its daemon: what that took without the wait for a slot is dindpool's own doing.
+    fn reached(&self, want: &Want, started: Instant, told: Told) {
+        let own = started.elapsed().saturating_sub(told.waited);
+        self.proxy.metrics.added.observe(own.as_secs_f64());
+        if matches!(want.class, Class::Work(_)) {
+            self.proxy.metrics.worked(want.tenant.as_str());
+        }
+    }
+
     fn count_bytes(&self, up: u64, down: u64) {
         self.proxy.metrics.bytes_up.inc_by(up);
         self.proxy.metrics.bytes_down.inc_by(down);
@@ -804,7 +813,7 @@ impl Connection {
 
     /// One log line and one count for each request that is over.
     fn done(&self, route: &Route, who: &Who, lease: Option<&Lease>, started: Instant, outcome: &'static str) {
-        self.proxy.metrics.requests.with_label_values(&[class_word(route.class), outcome]).inc();
+        self.proxy.metrics.finished(class_word(route.class), outcome, started.elapsed());
         tracing::info!(
             request = self.proxy.pool.next_log_id(),
             route = route.label,

@@ -50,6 +50,8 @@ pub struct Told {
     pub answered: bool,
     /// An empty SETTINGS frame, whose ACK must not reach the daemon.
     pub settings: bool,
+    /// How long it has waited for a slot.
+    pub waited: Duration,
 }
 
 /// Waits for a ticket's lease while it keeps an eye on the client.
@@ -65,6 +67,18 @@ pub async fn wait(
     if let Some(answer) = ticket.now() {
         return answer;
     }
+    let began = Instant::now();
+    let answer = wait_on(client, ticket, manner, told).await;
+    told.waited += began.elapsed();
+    answer
+}
+
+async fn wait_on(
+    client: &mut Side,
+    mut ticket: Ticket,
+    manner: Manner,
+    told: &mut Told,
+) -> Result<Lease, Error> {
     if manner == Manner::Http2 && !told.settings {
         told.settings = true;
         client.offer(&h2::empty_settings()).await.map_err(gone)?;

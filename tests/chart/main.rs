@@ -9,9 +9,11 @@ use std::process::Command;
 use common::{helm, parts};
 use serde_json::Value;
 
+mod alerts;
 #[path = "../common/mod.rs"]
 mod common;
 mod examples;
+mod monitoring;
 mod safe;
 mod true_to;
 mod values;

@@ -1,12 +1,12 @@
 //! What else tells of the chart: the plain manifests, the metrics, the notes.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 
 use crate::common::parts;
-use crate::{needs, object, objects, read, require, root, run, sets};
+use crate::{needs, read, require, root, run};
 
 /// The files of a directory.
 fn files(dir: &Path) -> BTreeMap<String, String> {
@@ -36,49 +36,6 @@ fn the_plain_manifests_are_what_the_chart_makes() {
     let files: Vec<_> = there.keys().map(|name| root().join("deploy/kubernetes").join(name)).collect();
     let said = crate::validate(&files);
     assert!(said.as_ref().is_ok_and(|said| said.contains(" 0 faults")), "{said:?}");
-}
-
-/// The values of labels in an expression: `reason="stuck"`.
-fn labels(expression: &str) -> Vec<(&str, &str)> {
-    let pairs = expression.split("=\"").collect::<Vec<_>>();
-    pairs
-        .windows(2)
-        .map(|pair| (pair[0].rsplit(['{', ',', ' ']).next().unwrap(), pair[1].split('"').next().unwrap()))
-        .collect()
-}
-
-#[test]
-fn the_alerts_are_about_metrics_that_exist() {
-    require!(needs());
-    let document = read("docs/metrics.md");
-    let known: BTreeSet<&str> =
-        document.lines().filter_map(|l| l.strip_prefix("| `dindpool_")?.split('`').next()).collect();
-    let dir = tempfile::tempdir().unwrap();
-    let sets = sets();
-    let set = sets.iter().flatten().find(|path| path.ends_with("everything.yaml")).unwrap();
-    let objects = objects(Some(set));
-    let spec = &object(&objects, "PrometheusRule", "admin")["spec"];
-    let rules = spec["groups"][0]["rules"].as_array().unwrap();
-    assert!(rules.len() > 10);
-    assert!(!rules.iter().any(|rule| rule["alert"] == "DindpoolAtMaximum"), "it is disabled");
-    for rule in rules {
-        let expression = rule["expr"].as_str().unwrap();
-        let word = |c: char| !(c.is_ascii_alphanumeric() || c == '_');
-        for name in expression.split(word).filter_map(|w| w.strip_prefix("dindpool_")) {
-            let name =
-                ["_bucket", "_sum", "_count"].iter().find_map(|s| name.strip_suffix(s)).unwrap_or(name);
-            assert!(known.contains(name), "{}: there is no dindpool_{name}", rule["alert"]);
-        }
-        for (label, value) in labels(expression).into_iter().filter(|(label, _)| *label != "namespace") {
-            assert!(document.contains(&format!("`{value}`")), "{}: no {label} {value}", rule["alert"]);
-        }
-    }
-    let file = dir.path().join("rules.json");
-    fs::write(&file, spec.to_string()).unwrap();
-    let promtool = require!(parts::part("promtool/promtool"));
-    let checked = Command::new(promtool).args(["check", "rules"]).arg(&file).output().unwrap();
-    let said = String::from_utf8_lossy(&checked.stdout) + String::from_utf8_lossy(&checked.stderr);
-    assert!(checked.status.success() && said.contains(&format!("{} rules found", rules.len())), "{said}");
 }
 
 #[test]

@@ -146,7 +146,7 @@ fn row_37_a_stuck_drain_is_cut_at_its_deadline(pool: &Pool, flavour: client::Fla
     wait_until("the RUN is gone", secs(10), || !stuck.runs());
     assert!(other.runs() && other.job.output().is_none(), "another daemon's build goes on");
     let metrics = pool.admin("/metrics").text();
-    assert!(metrics.contains("dindpool_drains_total{result=\"cut\"}"), "{metrics}");
+    assert!(metrics.contains("dindpool_drains_total{result=\"cut\"} 1"), "{metrics}");
     assert!(command(pool, &["uncordon", &home.id]).status.success());
 }
 

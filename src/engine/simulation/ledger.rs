@@ -431,8 +431,8 @@ impl Ledger {
         let nobody = engine.daemons().all(|d| self.cordons.contains_key(&d.id) || !is_well(engine, &d.id));
         let never = engine.daemons().all(|d| d.state != State::Ready);
         let reason = match refusal {
-            Refusal::QueueFull(_) if new => full && self.config.queue_limit > 0,
-            Refusal::QueueFull(_) => now >= asked.until,
+            Refusal::QueueFull(_) | Refusal::TenantFull(_) if new => full && self.config.queue_limit > 0,
+            Refusal::LongestWait(_) if !new => now >= asked.until,
             Refusal::NoDaemon(_) if new || self.config.queue_limit == 0 => nobody,
             Refusal::NoDaemon(_) => cut || never,
             _ => false,
