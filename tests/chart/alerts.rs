@@ -6,8 +6,8 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
+use crate::common::monitoring::rules;
 use crate::common::parts;
-use crate::monitoring::rules;
 use crate::{require, root};
 
 /// Series in promtool's notation, a value for each minute; when the alert is there, and when no longer.

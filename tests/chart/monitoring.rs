@@ -9,48 +9,9 @@ use std::process::Command;
 use dindpool::metrics::names::{self, Metric, Values};
 use serde_json::{Value, json};
 
+use crate::common::monitoring::{dashboard, panels, queries, rules};
 use crate::common::{helm, parts};
 use crate::{needs, object, objects, read, require, sets, template};
-
-/// The rules, as Prometheus reads them.
-pub fn rules() -> Vec<Value> {
-    let document = helm::documents(&read("deploy/prometheus/dindpool.rules.yaml")).unwrap().remove(0);
-    let groups = document["groups"].as_array().unwrap();
-    groups.iter().flat_map(|group| group["rules"].as_array().unwrap().clone()).collect()
-}
-
-/// A panel, or what is in a row that is closed.
-fn panels(dashboard: &Value) -> Vec<&Value> {
-    let panels = dashboard["panels"].as_array().unwrap();
-    panels
-        .iter()
-        .flat_map(|panel| [panel].into_iter().chain(panel["panels"].as_array().into_iter().flatten()))
-        .collect()
-}
-
-fn dashboard() -> Value {
-    serde_json::from_str(&read("deploy/grafana/dindpool.json")).unwrap()
-}
-
-/// An expression of the dashboard with its variables as Grafana fills them in.
-fn filled(expression: &str) -> String {
-    let filled =
-        expression.replace("$__rate_interval", "1m").replace("$namespace", ".*").replace("$pool", ".*");
-    assert!(!filled.contains('$'), "a variable that is not known: {filled}");
-    filled
-}
-
-/// Every expression of the dashboard with the title of its panel.
-pub fn queries() -> Vec<(String, String)> {
-    let dashboard = dashboard();
-    let of = |panel: &Value| -> Vec<(String, String)> {
-        let targets = panel["targets"].as_array().into_iter().flatten();
-        targets
-            .map(|t| (panel["title"].as_str().unwrap().into(), filled(t["expr"].as_str().unwrap())))
-            .collect()
-    };
-    panels(&dashboard).into_iter().flat_map(of).collect()
-}
 
 /// The metric that a name in an expression is of: a histogram's has an end of its own.
 fn metric(name: &str) -> Option<&'static Metric> {
@@ -205,7 +166,7 @@ fn the_charts_dashboard_is_found_by_the_sidecar_and_is_off_by_default() {
 #[test]
 fn the_dashboard_asks_for_what_exists_in_promql() {
     let promtool = require!(parts::part("promtool/promtool"));
-    let queries = queries();
+    let queries = queries("1m");
     assert!(queries.len() > 60, "the dashboard is no longer read");
     for (panel, expression) in &queries {
         assert_exists(panel, expression, &BTreeSet::new());
@@ -217,7 +178,7 @@ fn the_dashboard_asks_for_what_exists_in_promql() {
 
 #[test]
 fn every_metric_is_on_the_dashboard_or_in_a_rule() {
-    let shown: String = queries().into_iter().map(|(_, expression)| expression + "\n").collect();
+    let shown: String = queries("1m").into_iter().map(|(_, expression)| expression + "\n").collect();
     let ruled: String = rules().iter().map(|rule| format!("{}\n", rule["expr"])).collect();
     let all = shown + &ruled;
     for metric in names::ALL {

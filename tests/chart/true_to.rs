@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::Command;
 
 use crate::common::parts;
-use crate::{needs, read, require, root, run};
+use crate::{needs, require, root, run};
 
 /// The files of a directory.
 fn files(dir: &Path) -> BTreeMap<String, String> {

@@ -13,6 +13,7 @@ pub mod engine;
 pub mod fake_daemon;
 pub mod helm;
 pub mod http;
+pub mod monitoring;
 pub mod netns;
 pub mod parts;
 pub mod pool;
