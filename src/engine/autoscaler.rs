@@ -399,6 +399,10 @@ impl Autoscaler {
         if decision.reason == Reason::Enough && count.have > count.ready && count.ready < need {
             decision.reason = Reason::Starting;
         }
+        if decision.reason == Reason::Enough && self.wanted(view) > need {
+            // As many as there may be, and work that they have no slot for.
+            decision.reason = Reason::Maximum;
+        }
         decision
     }
 
@@ -434,12 +438,17 @@ impl Autoscaler {
 
     /// How many daemons the work needs.
     fn need(&self, view: &View) -> u32 {
+        self.wanted(view).clamp(self.policy.min, self.policy.max.max(self.policy.min))
+    }
+
+    /// As many as would be needed if there were no limits.
+    fn wanted(&self, view: &View) -> u32 {
         let at_work = |d: &&Candidate| matches!(d.phase, Phase::Starting | Phase::Ready);
         let used: u32 = view.daemons.iter().filter(at_work).map(|d| d.used).sum();
         let demand = used.saturating_add(view.waiting);
         let slots = demand.saturating_add(self.policy.spare.slots(demand));
         let per = self.slots.unwrap_or(self.policy.slots).max(1);
-        slots.div_ceil(per).clamp(self.policy.min, self.policy.max.max(self.policy.min))
+        slots.div_ceil(per)
     }
 
     /// After so long a daemon that starts is given up.

@@ -60,7 +60,7 @@ fn growth_has_a_step_and_a_maximum() {
     let decision = scaler.decide(&view(100, full(7)), 2 * SECOND);
     assert_eq!(grown(&decision), Some(8));
     let decision = scaler.decide(&view(100, full(8)), 3 * SECOND);
-    assert_eq!((grown(&decision), decision.reason), (None, Reason::Enough), "as many as there may be");
+    assert_eq!((grown(&decision), decision.reason), (None, Reason::Maximum), "as many as there may be");
     let mut lame = full(8);
     lame[0].phase = Phase::Away;
     let decision = scaler.decide(&view(100, lame), 4 * SECOND);
