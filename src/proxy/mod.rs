@@ -23,6 +23,7 @@ pub mod limits;
 pub mod listener;
 mod local;
 pub mod peer;
+mod record;
 pub mod relay;
 pub(crate) mod solve;
 pub mod sweep;
@@ -45,6 +46,7 @@ use self::identify::{HEADER, Identity, ListenerIdentity, PROJECT, Source, identi
 use self::learn::{Named, Reader, Watcher};
 use self::limits::Gate;
 use self::peer::Peers;
+use self::record::{Record, TRACEPARENT};
 use self::relay::h2::PREFACE;
 use self::relay::{
     Framing, HeadError, Options, Peer, Refusal, RequestHead, ResponseHead, Side, TunnelCause, TunnelKind,
@@ -115,6 +117,8 @@ struct Connection {
     kept: Option<(Arc<Handle>, Side)>,
     /// A response or a tunnel is under way.
     streaming: bool,
+    /// The number of the request that is served.
+    number: Option<u64>,
 }
 
 impl Drop for Connection {
@@ -135,7 +139,7 @@ struct Admitted {
     lease: Lease,
     daemon: Side,
     told: Told,
-    started: Instant,
+    record: Record,
 }
 
 /// Whose request it is, for the log. All else that was wanted of the pool is forgotten once it was given.
@@ -182,6 +186,7 @@ impl Connection {
             parent: OnceLock::new(),
             kept: None,
             streaming: false,
+            number: None,
         }
     }
 
@@ -217,6 +222,7 @@ impl Connection {
     }
 
     async fn next_request(&mut self) -> Next {
+        self.number = None;
         let Some(head) = self.head().await else { return Next::Close };
         match head {
             Ok(Some(head)) => {
@@ -262,7 +268,7 @@ impl Connection {
 
     /// From a request's head to its daemon; or what follows, if its answer does not come from there.
     async fn admit(&mut self, head: RequestHead) -> Result<Box<Admitted>, Next> {
-        let started = Instant::now();
+        let mut record = self.record(Some(&head));
         let prefix = classify::prefix(head.target());
         let (tenant, session) = (prefix.tenant.map(str::to_string), prefix.session.map(str::to_string));
         let (project, prefix_length) = (prefix.project.map(str::to_string), prefix.length);
@@ -343,19 +349,20 @@ impl Connection {
             Some(build) => build.unless_cancelled(reached).await,
             None => reached.await,
         };
+        record.waited = told.waited;
         let (lease, daemon) = match reached {
             Ok(reached) => reached,
             Err(error) if error.kind == Kind::ClientGone => {
-                self.done(&route, &want.into(), None, started, word(Outcome::ClientGone));
+                self.done(&route, &want.into(), None, &record, word(Outcome::ClientGone));
                 return Err(Next::Close);
             }
             Err(error) => {
-                self.done(&route, &want.into(), None, started, "refused");
+                self.done(&route, &want.into(), None, &record, "refused");
                 return Err(self.tell(&error, head_only, told).await);
             }
         };
-        self.reached(&want, started, told);
-        Ok(Box::new(Admitted { head, route, who: want.into(), named, lease, daemon, told, started }))
+        self.reached(&want, &record);
+        Ok(Box::new(Admitted { head, route, who: want.into(), named, lease, daemon, told, record }))
     }
 
     /// Waits while `lacks` a daemon that is on its way, for what does not wait in the queue: buildx asks for `/version`
@@ -389,7 +396,7 @@ impl Connection {
 
     /// Relays one request and its response, and the tunnel that it may become.
     async fn relay(&mut self, admitted: Box<Admitted>) -> Next {
-        let Admitted { head, route, who, named, lease, mut daemon, told, started } = *admitted;
+        let Admitted { head, route, who, named, lease, mut daemon, told, mut record } = *admitted;
         let head_only = head.method() == "HEAD";
         let options = Options { hijack: route.hijack, answered: told.answered };
         let open = Counted::new(&self.proxy.metrics.exchanges);
@@ -403,46 +410,46 @@ impl Connection {
         let result = cut.wakes(pin!(exchange(client, &mut daemon, &head, options, &mut watcher))).await;
         self.streaming = false;
         drop((watcher, open, head));
-        self.count_bytes(result.sent, result.received);
+        self.count_bytes(&mut record, result.sent, result.received);
         match result.outcome {
             relay::Outcome::Done { keep_client, keep_daemon } => {
                 if keep_daemon {
                     self.kept = Some((lease.daemon().clone(), daemon));
                 }
-                self.done(&route, &who, Some(&lease), started, "done");
+                self.done(&route, &who, Some(&lease), &record, "done");
                 lease.finish(Outcome::Done);
                 if keep_client { Next::Request } else { Next::Close }
             }
             relay::Outcome::Upgraded => {
                 let kind = if route.h2 { TunnelKind::H2 } else { TunnelKind::Raw };
-                let outcome = self.tunnel(&lease, &mut daemon, kind, None).await;
-                self.done(&route, &who, Some(&lease), started, word(outcome));
+                let outcome = self.tunnel(&lease, &mut daemon, kind, None, &mut record).await;
+                self.done(&route, &who, Some(&lease), &record, word(outcome));
                 lease.finish(outcome);
                 Next::Close
             }
             relay::Outcome::Unanswered { status } => {
                 lease.answered(status);
                 let error = said(&mut daemon, status).await;
-                self.done(&route, &who, Some(&lease), started, "done");
+                self.done(&route, &who, Some(&lease), &record, "done");
                 lease.finish(Outcome::Done);
                 // What a daemon says may hold a URL with a password: it is for the user, not for the log.
                 refuse(&mut self.client, chunk(&error.stream_line()).as_bytes()).await;
                 Next::Close
             }
             relay::Outcome::ClientGone => {
-                self.done(&route, &who, Some(&lease), started, word(Outcome::ClientGone));
+                self.done(&route, &who, Some(&lease), &record, word(Outcome::ClientGone));
                 lease.finish(Outcome::ClientGone);
                 Next::Close
             }
             relay::Outcome::BadRequest { error, answerable } => {
-                self.done(&route, &who, Some(&lease), started, "bad-request");
+                self.done(&route, &who, Some(&lease), &record, "bad-request");
                 lease.finish(Outcome::Aborted);
                 if answerable { self.tell(&error, head_only, told).await } else { Next::Close }
             }
             relay::Outcome::DaemonFailed(failure) => {
                 let cut = lease.cut().is_given();
                 let outcome = if cut { Outcome::Aborted } else { Outcome::DaemonFailed };
-                self.done(&route, &who, Some(&lease), started, word(outcome));
+                self.done(&route, &who, Some(&lease), &record, word(outcome));
                 let id = &lease.daemon().id;
                 let error = match failure.error.kind() {
                     io::ErrorKind::TimedOut => Error::new(
@@ -504,7 +511,7 @@ impl Connection {
 
     /// A BuildKit connection whose client has begun to speak HTTP/2.
     async fn buildkit(&mut self, head: Option<&RequestHead>, route: &Route, identity: Identity) {
-        let started = Instant::now();
+        let mut record = self.record(head);
         let want = Want {
             inside: self.inside(),
             shares_names: identity.interactive,
@@ -517,19 +524,20 @@ impl Connection {
         };
         let mut told = Told::default();
         let reached = self.reach(&want, Manner::Http2, &mut told).await;
+        record.waited = told.waited;
         let (lease, mut daemon) = match reached {
             Ok(reached) => reached,
             Err(error) if error.kind == Kind::ClientGone => {
-                self.done(route, &want.into(), None, started, word(Outcome::ClientGone));
+                self.done(route, &want.into(), None, &record, word(Outcome::ClientGone));
                 return;
             }
             Err(error) => {
-                self.done(route, &want.into(), None, started, "refused");
+                self.done(route, &want.into(), None, &record, "refused");
                 self.refuse_calls(&error, told).await;
                 return;
             }
         };
-        self.reached(&want, started, told);
+        self.reached(&want, &record);
         let who = Who::from(want);
         if let Some(head) = head
             && let Err(error) = upgrade(&mut daemon, head).await
@@ -540,16 +548,16 @@ impl Connection {
             };
             let error =
                 Error::new(kind, format!("daemon {} does not serve BuildKit: {error}", lease.daemon().id));
-            self.done(route, &who, Some(&lease), started, word(Outcome::DaemonFailed));
+            self.done(route, &who, Some(&lease), &record, word(Outcome::DaemonFailed));
             lease.finish(Outcome::DaemonFailed);
             self.refuse_calls(&error, told).await;
             return;
         }
         let outcome = {
             let mut tap = SolveTap::new(|| lease.build_seen(), told.settings);
-            self.tunnel(&lease, &mut daemon, TunnelKind::H2, Some(&mut tap)).await
+            self.tunnel(&lease, &mut daemon, TunnelKind::H2, Some(&mut tap), &mut record).await
         };
-        self.done(route, &who, Some(&lease), started, word(outcome));
+        self.done(route, &who, Some(&lease), &record, word(outcome));
         lease.finish(outcome);
     }
 
@@ -557,9 +565,10 @@ impl Connection {
     /// leaves.
     async fn refuse_calls(&mut self, error: &Error, told: Told) {
         self.proxy.metrics.errors.with_label_values(&[error.fault().as_str()]).inc();
-        tracing::warn!(fault = error.fault().as_str(), "{}", error.for_log());
+        let (request, numbered) = self.numbered(error);
+        tracing::warn!(request, fault = error.fault().as_str(), "{}", error.for_log());
         let Connection { client, proxy, .. } = self;
-        let mut refusal = Refusal::new(&error.message, told.settings);
+        let mut refusal = Refusal::new(&numbered.message, told.settings);
         let answer = async {
             loop {
                 let Ok(out) = refusal.feed(client.buffered()) else { return };
@@ -587,6 +596,7 @@ impl Connection {
         daemon: &mut Side,
         kind: TunnelKind,
         tap: Option<&mut dyn relay::Tap>,
+        record: &mut Record,
     ) -> Outcome {
         let open = Counted::new(&self.proxy.metrics.tunnels);
         self.streaming = true;
@@ -598,7 +608,7 @@ impl Connection {
             daemon.abort();
             return Outcome::Aborted;
         };
-        self.count_bytes(end.up, end.down);
+        self.count_bytes(record, end.up, end.down);
         match end.cause {
             TunnelCause::ClientFinished | TunnelCause::DaemonFinished => Outcome::Done,
             TunnelCause::ClientReset => Outcome::ClientGone,
@@ -772,8 +782,15 @@ impl Connection {
     /// Tells the client what went wrong, so that it can read it, and closes.
     async fn refuse(&mut self, error: &Error, head_only: bool) -> Next {
         self.proxy.metrics.errors.with_label_values(&[error.fault().as_str()]).inc();
-        tracing::info!(fault = error.fault().as_str(), status = error.status().0, "{}", error.for_log());
-        refuse(&mut self.client, &error.response(head_only)).await;
+        let (request, told) = self.numbered(error);
+        tracing::info!(
+            request,
+            fault = error.fault().as_str(),
+            status = error.status().0,
+            "{}",
+            error.for_log()
+        );
+        refuse(&mut self.client, &told.response(head_only)).await;
         Next::Close
     }
 
@@ -791,36 +808,58 @@ impl Connection {
             return self.refuse(error, head_only).await;
         }
         self.proxy.metrics.errors.with_label_values(&[error.fault().as_str()]).inc();
-        tracing::info!(fault = error.fault().as_str(), "{}", error.for_log());
+        let (request, told) = self.numbered(error);
+        tracing::info!(request, fault = error.fault().as_str(), "{}", error.for_log());
         // No terminating chunk: what failed must not look complete.
-        refuse(&mut self.client, chunk(&error.stream_line()).as_bytes()).await;
+        refuse(&mut self.client, chunk(&told.stream_line()).as_bytes()).await;
         Next::Close
     }
 
     /// A request has its daemon: what that took without the wait for a slot is dindpool's own doing.
-    fn reached(&self, want: &Want, started: Instant, told: Told) {
-        let own = started.elapsed().saturating_sub(told.waited);
+    fn reached(&self, want: &Want, record: &Record) {
+        let own = record.began.elapsed().saturating_sub(record.waited);
         self.proxy.metrics.added.observe(own.as_secs_f64());
         if matches!(want.class, Class::Work(_)) {
             self.proxy.metrics.worked(want.tenant.as_str());
         }
     }
 
-    fn count_bytes(&self, up: u64, down: u64) {
+    fn count_bytes(&self, record: &mut Record, up: u64, down: u64) {
+        record.up += up;
+        record.down += down;
         self.proxy.metrics.bytes_up.inc_by(up);
         self.proxy.metrics.bytes_down.inc_by(down);
     }
 
+    /// Begins to tell of a request.
+    fn record(&mut self, head: Option<&RequestHead>) -> Record {
+        let trace = head.and_then(|head| head.header(TRACEPARENT));
+        let number = self.proxy.pool.next_log_id();
+        self.number = Some(number);
+        Record::begin(number, trace)
+    }
+
+    /// An error with the number by which its lines in the log are found; what is no request yet gets one.
+    fn numbered(&mut self, error: &Error) -> (u64, Error) {
+        let number = *self.number.get_or_insert_with(|| self.proxy.pool.next_log_id());
+        (number, Error::new(error.kind, format!("{} (request {number})", error.message)))
+    }
+
     /// One log line and one count for each request that is over.
-    fn done(&self, route: &Route, who: &Who, lease: Option<&Lease>, started: Instant, outcome: &'static str) {
-        self.proxy.metrics.finished(class_word(route.class), outcome, started.elapsed());
+    fn done(&self, route: &Route, who: &Who, lease: Option<&Lease>, record: &Record, outcome: &'static str) {
+        let took = record.began.elapsed();
+        self.proxy.metrics.finished(class_word(route.class), outcome, took);
         tracing::info!(
-            request = self.proxy.pool.next_log_id(),
+            request = record.number,
+            trace = record.trace().map(tracing::field::display),
             route = route.label,
             session = %who.key,
             tenant = %who.tenant,
             daemon = lease.map(|l| l.daemon().id.as_str()),
-            ms = started.elapsed().as_millis() as u64,
+            waited_ms = record.waited.as_millis() as u64,
+            ms = took.as_millis() as u64,
+            up = record.up,
+            down = record.down,
             outcome,
             "request"
         );

@@ -100,6 +100,49 @@ fn row_43_nothing_that_a_client_sends_forges_a_line_of_the_log_or_leaves_a_secre
     }
 }
 
+#[test]
+fn a_request_has_one_line_with_its_trace_and_its_number_is_in_its_error() {
+    let trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+    let fake = rude();
+    let pool = Pool::serve([&fake.addr])
+        .env("DINDPOOL_LOG_LEVEL", "info")
+        .env("DINDPOOL_LOG_FORMAT", "json")
+        .start();
+    pool.wait_healthy(1, secs(20));
+    let ask = |line: &str, header: &str| {
+        let mut client = Conn::connect(&pool.tcp);
+        client.send(format!("{line} HTTP/1.1\r\nHost: x\r\n{header}Content-Length: 4\r\n\r\nbody"));
+        let head = client.head();
+        (head.status(), String::from_utf8(client.body("POST", &head)).unwrap())
+    };
+    let header = format!("traceparent: {trace}\r\nX-Dindpool-Session: traced\r\n");
+    let (status, _) = ask("POST /v1.44/containers/create?name=rude", &header);
+    assert_eq!(status, 500);
+    let line = |has: &str| {
+        let log = pool.log();
+        let lines = log.lines().filter(|l| l.contains(has) && l.contains("\"message\":\"request\""));
+        lines.map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap()).collect::<Vec<_>>()
+    };
+    wait_until("the request is in the log", secs(10), || !line("name:traced").is_empty());
+    let lines = line("name:traced");
+    assert_eq!(lines.len(), 1, "{lines:?}");
+    assert_eq!((&lines[0]["trace"], &lines[0]["tenant"]), (&json!(trace), &json!("default")));
+    for field in ["request", "waited_ms", "ms", "up", "down"] {
+        assert!(lines[0][field].is_u64(), "{field}: {}", lines[0]);
+    }
+    assert!(lines[0]["up"].as_u64() > Some(4) && lines[0]["down"].as_u64() > Some(4), "{}", lines[0]);
+    let seen = fake.seen_with("name=rude");
+    assert!(String::from_utf8_lossy(&seen[0].raw).contains(&format!("traceparent: {trace}\r\n")));
+    // An error of the proxy's own names the number of its line.
+    let (status, body) = ask("POST /v1.44/swarm/init", "");
+    let message = serde_json::from_str::<serde_json::Value>(&body).unwrap()["message"].to_string();
+    let number = message.rsplit_once("(request ").unwrap_or_else(|| panic!("{status} {message}")).1;
+    let number = number.trim_end_matches([')', '"']);
+    wait_until("its line has the number", secs(10), || {
+        pool.log().contains(&format!("\"request\":{number},"))
+    });
+}
+
 fn lines_with(log: &str, has: impl Fn(&str) -> bool) -> String {
     log.lines().filter(|l| has(l)).collect::<Vec<_>>().join("\n")
 }
