@@ -109,7 +109,10 @@ fn row_20_a_full_queue_and_a_wait_too_long_are_refused_with_position_and_limit()
         let seconds: u32 = head.get("retry-after").expect("Retry-After").parse().expect("seconds");
         assert!(seconds > 0);
         let body = client.body("POST", &head);
-        serde_json::from_slice::<serde_json::Value>(&body).unwrap()["message"].as_str().unwrap().to_owned()
+        let body: serde_json::Value = serde_json::from_slice(&body).unwrap();
+        let (message, number) = body["message"].as_str().unwrap().rsplit_once(" (request ").unwrap();
+        assert!(number.trim_end_matches(')').parse::<u64>().is_ok(), "{body}");
+        message.to_owned()
     };
     let creates: Vec<Conn> = ["one", "two"]
         .into_iter()
