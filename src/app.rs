@@ -20,10 +20,12 @@ use crate::provision::Running;
 use crate::proxy::Proxy;
 use crate::proxy::cancel::WaitingBuilds;
 use crate::proxy::limits::{Gate, raise_descriptors};
-use crate::proxy::listener::{self, Bound};
+use crate::proxy::listener::{self, Bound, Entry};
 use crate::proxy::peer::Peers;
 use crate::proxy::sweep::{self, Sweeper};
 use crate::reload::{Reload, Source};
+use crate::tls;
+use crate::tls::identity::Rule;
 
 /// Bound sockets, so that every fault of an address is known before anything starts.
 pub struct Sockets {
@@ -68,9 +70,9 @@ impl Sockets {
     pub fn announce(&self) {
         for (listener, bound) in &self.listeners {
             say(&format!("listening on {}", bound.address()));
-            if !listener.address.is_local() {
+            if !listener.address.is_local() && !listener.is_guarded() {
                 tracing::warn!(
-                    "{} is open to the network without TLS: whoever reaches it is root in every daemon",
+                    "{} is open to the network without TLS and client certificates: whoever reaches it is root in every daemon",
                     bound.address()
                 );
             }
@@ -156,8 +158,22 @@ pub async fn run(
         sockets.admin.into_iter().map(|bound| tokio::spawn(admin::run(bound, admin.clone()))).collect();
     let prestop = Arc::new(Prestop::new(pool.clone(), settings.prestop_token.clone()));
     let prestop_task = sockets.prestop.map(|bound| tokio::spawn(prestop::run(bound, prestop.clone())));
+    let rules: Arc<[Rule]> = settings.identify.clone().into();
     let settings = Arc::new(RwLock::new(settings));
+    let entries = sockets.listeners.into_iter().map(|(listener, bound)| {
+        let tls = listener.tls.as_ref().map(tls::Server::new).transpose().map_err(anyhow::Error::msg)?;
+        let entry = Entry {
+            identity: Arc::new(listener.identity),
+            tls: tls.map(Arc::new),
+            load_balancers: listener.load_balancers,
+            rules: rules.clone(),
+        };
+        Ok((Arc::new(entry), bound))
+    });
+    let entries: Vec<(Arc<Entry>, Bound)> = entries.collect::<anyhow::Result<_>>()?;
+    let servers: Vec<_> = entries.iter().filter_map(|(entry, _)| entry.tls.clone()).collect();
     let reload = Reload {
+        tls: servers.clone(),
         source,
         settings: settings.clone(),
         pool: pool.clone(),
@@ -167,9 +183,10 @@ pub async fn run(
     };
     let reload_task = tokio::spawn(reload.run());
     let mut listeners = JoinSet::new();
-    for (listener, bound) in sockets.listeners {
-        listeners.spawn(listener::run(proxy.clone(), Arc::new(listener.identity), bound));
+    for (entry, bound) in entries {
+        listeners.spawn(listener::run(proxy.clone(), entry, bound));
     }
+    let certificates_task = tokio::spawn(tls::watch::run(servers, metrics.clone()));
     let sweep_task = tokio::spawn(sweep::run(proxy.clone()));
     let beside_task = tokio::spawn(beside(pool.clone()));
     shutdown.await;
@@ -208,6 +225,7 @@ pub async fn run(
         election.stop().await;
     }
     sweep_task.abort();
+    certificates_task.abort();
     pool_task.abort();
     pool.stop();
     let _ = stop.send(());

@@ -20,6 +20,9 @@ use crate::proxy::identify::ListenerIdentity;
 use crate::proxy::limits::Limits;
 use crate::proxy::listener::Address;
 use crate::proxy::peer;
+use crate::proxy::sniff::Network;
+use crate::tls::identity::Rule;
+use crate::tls::{self, Clients, Plain, RawTls};
 
 /// The port that Docker's clients know for plain TCP (IANA: docker).
 pub const DEFAULT_LISTEN: &str = "tcp://0.0.0.0:2375";
@@ -38,6 +41,10 @@ pub struct RawListener {
     pub tenant: Option<String>,
     /// Makes all of its clients one session.
     pub session: Option<String>,
+    /// Its TLS, where it differs from the others'.
+    pub tls: Option<RawTls>,
+    /// Networks of load balancers, where they differ.
+    pub proxy_protocol: Option<Vec<String>>,
 }
 
 /// Every setting as it was typed; `None` where it was not.
@@ -45,6 +52,12 @@ pub struct RawListener {
 pub struct Raw {
     /// Where clients connect.
     pub listen: Option<Vec<RawListener>>,
+    /// The TLS of all TCP listeners that have none of their own.
+    pub tls: Option<RawTls>,
+    /// What certificates and host names make of clients.
+    pub identify: Option<Vec<Rule>>,
+    /// Networks of load balancers whose PROXY headers count.
+    pub proxy_protocol: Option<Vec<String>>,
     /// Where `/metrics`, `/status` and the probes are.
     pub admin: Option<Vec<String>>,
     /// The file of the token that allows changes over TCP.
@@ -130,6 +143,18 @@ pub struct Listener {
     pub address: Address,
     /// What it says about its clients.
     pub identity: ListenerIdentity,
+    /// Its TLS.
+    pub tls: Option<tls::Settings>,
+    /// Where load balancers are whose PROXY headers count.
+    pub load_balancers: Vec<Network>,
+}
+
+impl Listener {
+    /// Whether nobody comes in who has no certificate.
+    pub fn is_guarded(&self) -> bool {
+        let guarded = |tls: &tls::Settings| tls.clients == Clients::Required && tls.plain == Plain::Refused;
+        self.tls.as_ref().is_some_and(guarded)
+    }
 }
 
 /// What the settings mean.
@@ -137,6 +162,8 @@ pub struct Listener {
 pub struct Settings {
     /// Where clients connect.
     pub listen: Vec<Listener>,
+    /// What certificates and host names make of clients.
+    pub identify: Vec<Rule>,
     /// Where the admin listeners are; port 0 takes a free one.
     pub admin: Vec<Address>,
     /// Who may change the pool over TCP.
@@ -185,6 +212,9 @@ impl std::error::Error for Faults {}
 /// The keys of the file, for the message about an unknown one.
 const KEYS: &[&str] = &[
     "listen",
+    "tls",
+    "identify",
+    "proxy_protocol",
     "admin",
     "admin_token_file",
     "prestop",
@@ -248,6 +278,9 @@ impl Raw {
         for (key, value) in table {
             let result = match key.as_str() {
                 "listen" => listeners(value).map(|v| raw.listen = Some(v)),
+                "tls" => RawTls::from_toml(value).map(|v| raw.tls = Some(v)),
+                "identify" => Rule::from_toml(value).map(|v| raw.identify = Some(v)),
+                "proxy_protocol" => texts(value).map(|v| raw.proxy_protocol = Some(v)),
                 "admin" => one_or_many(value).map(|v| raw.admin = Some(v)),
                 "admin_token_file" => text_of(value).map(|v| raw.admin_token_file = Some(v.into())),
                 "prestop" => text_of(value).map(|v| raw.prestop = Some(v)),
@@ -302,6 +335,9 @@ impl Raw {
     pub fn or(self, under: Raw) -> Raw {
         Raw {
             listen: self.listen.or(under.listen),
+            tls: self.tls.or(under.tls),
+            identify: self.identify.or(under.identify),
+            proxy_protocol: self.proxy_protocol.or(under.proxy_protocol),
             admin: self.admin.or(under.admin),
             admin_token_file: self.admin_token_file.or(under.admin_token_file),
             prestop: self.prestop.or(under.prestop),
@@ -354,7 +390,13 @@ impl Raw {
         if listen.is_empty() {
             faults.push("listen: no address; leave it out for the default, tcp://0.0.0.0:2375".into());
         }
-        let listen: Vec<Listener> = listen.into_iter().filter_map(|l| listener(l, &mut faults)).collect();
+        let (tls, networks) = (self.tls.as_ref(), self.proxy_protocol.as_deref());
+        let listen: Vec<Listener> =
+            listen.into_iter().filter_map(|l| listener(l, tls, networks, &mut faults)).collect();
+        let identify = self.identify.unwrap_or_default();
+        if !identify.is_empty() && listen.iter().all(|l| l.tls.is_none()) && faults.is_empty() {
+            faults.push("identify: no listener has TLS".into());
+        }
         let daemons: Vec<FixedAddress> = self
             .daemons
             .unwrap_or_default()
@@ -515,6 +557,7 @@ impl Raw {
         }
         Ok(Settings {
             listen,
+            identify,
             admin,
             admin_token,
             prestop,
@@ -534,7 +577,12 @@ impl Raw {
     }
 }
 
-fn listener(raw: RawListener, faults: &mut Vec<String>) -> Option<Listener> {
+fn listener(
+    raw: RawListener,
+    tls: Option<&RawTls>,
+    networks: Option<&[String]>,
+    faults: &mut Vec<String>,
+) -> Option<Listener> {
     let word = |name: &str, value: &Option<String>| {
         value
             .as_ref()
@@ -546,16 +594,41 @@ fn listener(raw: RawListener, faults: &mut Vec<String>) -> Option<Listener> {
     };
     faults.extend(word("tenant", &raw.tenant));
     faults.extend(word("session", &raw.session));
-    match raw.address.parse() {
-        Ok(address) => {
-            let tenant = raw.tenant.as_deref().unwrap_or("default").into();
-            Some(Listener { address, identity: ListenerIdentity { tenant, session: raw.session } })
-        }
+    let address = match raw.address.parse() {
+        Ok(address) => address,
         Err(fault) => {
             faults.push(format!("listen: {fault}"));
-            None
+            return None;
         }
+    };
+    let is_tcp = matches!(address, Address::Tcp(_));
+    if !is_tcp
+        && (matches!(raw.tls, Some(RawTls::Directory(_) | RawTls::Table { .. }))
+            || raw.proxy_protocol.is_some())
+    {
+        faults.push(format!("listen: {address}: tls and proxy_protocol are for tcp:// only"));
     }
+    let tls = raw.tls.as_ref().or(tls).filter(|_| is_tcp).map(RawTls::validate).transpose();
+    let tls = tls.unwrap_or_else(|wrong| {
+        faults.extend(wrong.into_iter().map(|fault| format!("tls: {fault}")));
+        None
+    });
+    let tls = tls.flatten().inspect(|tls| {
+        if let Err(fault) = tls::Server::new(tls) {
+            faults.push(format!("tls: {fault}"));
+        }
+    });
+    let networks = raw.proxy_protocol.as_deref().or(networks).filter(|_| is_tcp).unwrap_or_default();
+    let network =
+        |text: &String| text.parse().map_err(|fault| faults.push(format!("proxy_protocol: {fault}"))).ok();
+    let load_balancers = networks.iter().filter_map(network).collect();
+    let tenant = raw.tenant.as_deref().unwrap_or("default").into();
+    Some(Listener {
+        address,
+        identity: ListenerIdentity { tenant, session: raw.session },
+        tls,
+        load_balancers,
+    })
 }
 
 /// `2`, `20%`.
@@ -643,7 +716,13 @@ fn listeners(value: Value) -> Result<Vec<RawListener>, String> {
                         "address" => raw.address = text_of(value)?,
                         "tenant" => raw.tenant = Some(text_of(value)?),
                         "session" => raw.session = Some(text_of(value)?),
-                        _ => return Err(format!("unknown key {key}; known are address, tenant, session")),
+                        "tls" => raw.tls = Some(RawTls::from_toml(value)?),
+                        "proxy_protocol" => raw.proxy_protocol = Some(texts(value)?),
+                        _ => {
+                            return Err(format!(
+                                "unknown key {key}; known are address, tenant, session, tls, proxy_protocol"
+                            ));
+                        }
                     }
                 }
                 Ok(raw)
@@ -703,7 +782,8 @@ mod tests {
     #[test]
     fn a_listeners_words_have_a_length_as_their_sessions_keys_do() {
         for (word, fine) in [("a".repeat(128), true), ("a".repeat(129), false), (String::new(), false)] {
-            let listener = RawListener { address: DEFAULT_LISTEN.into(), tenant: Some(word), session: None };
+            let listener =
+                RawListener { address: DEFAULT_LISTEN.into(), tenant: Some(word), ..RawListener::default() };
             let raw = Raw { listen: Some(vec![listener]), ..Raw::default() };
             assert_eq!(raw.validate(false).is_ok(), fine);
         }

@@ -15,6 +15,8 @@ pub enum Kind {
     RequestTimeout,
     /// The request head is larger than dockerd itself would take: 431.
     HeadTooLarge,
+    /// The client may not come in as it does, without TLS or with this certificate: 403.
+    Forbidden,
     /// The named object is not on any daemon that this session may use: 404.
     NotFound,
     /// The endpoint is not served by a pool (swarm, plugins): 501.
@@ -87,6 +89,7 @@ impl Error {
             Kind::BadRequest
             | Kind::RequestTimeout
             | Kind::HeadTooLarge
+            | Kind::Forbidden
             | Kind::NotFound
             | Kind::Cancelled
             | Kind::ClientGone
@@ -119,6 +122,7 @@ impl Error {
             Kind::Cancelled | Kind::ClientGone => (499, "Client Closed Request"),
             Kind::RequestTimeout => (408, "Request Timeout"),
             Kind::HeadTooLarge => (431, "Request Header Fields Too Large"),
+            Kind::Forbidden => (403, "Forbidden"),
             Kind::NotFound => (404, "Not Found"),
             Kind::NotImplemented => (501, "Not Implemented"),
             Kind::DaemonUnreachable | Kind::SessionLost => (502, "Bad Gateway"),

@@ -8,9 +8,9 @@
 //! app → everything below
 //! election → pool, admin::token, engine   which of several proxies admits
 //! admin → pool, metrics        /metrics /livez /readyz /status, cordon and drain
-//! proxy → pool, error, metrics
+//! proxy → pool, tls, error, metrics
 //! pool  → engine, provision (the contract), error, metrics
-//! provision → engine (what a scaler asks of it), error
+//! provision → engine (what a scaler asks of it), tls, error
 //! engine → nothing but std     pure decisions
 //! simulate → engine            the balancing against other policies
 //! ```
@@ -42,3 +42,4 @@ pub mod proxy;
 pub mod reload;
 pub mod simulate;
 pub mod telemetry;
+pub mod tls;

@@ -3,7 +3,6 @@
 //! place.
 
 use std::sync::{Arc, PoisonError, RwLock};
-use std::time::UNIX_EPOCH;
 
 use tokio::signal::unix::Signal;
 use tokio::sync::watch;
@@ -14,7 +13,8 @@ use crate::config::{Faults, Settings};
 use crate::metrics::Metrics;
 use crate::pool::Pool;
 use crate::provision::fixed::FixedAddress;
-use crate::telemetry;
+use crate::telemetry::{self, unix_time};
+use crate::tls;
 
 /// Where a configuration comes from, and how a change of it is asked for.
 pub struct Source {
@@ -38,6 +38,8 @@ pub struct Reload {
     pub admin: Arc<Admin>,
     /// Takes its token.
     pub prestop: Arc<Prestop>,
+    /// Their certificates are looked at too.
+    pub tls: Vec<Arc<tls::Server>>,
     /// Counts reloads.
     pub metrics: Metrics,
 }
@@ -46,13 +48,14 @@ impl Reload {
     /// Reads the configuration again at each SIGHUP, until it is dropped.
     pub async fn run(mut self) {
         self.metrics.reloaded.set(1);
-        self.metrics.reload_time.set(now());
+        self.metrics.reload_time.set(unix_time());
         while self.source.hangups.recv().await.is_some() {
+            tls::watch::look(&self.tls, &self.metrics);
             match self.once() {
                 Ok(()) => {
                     self.metrics.reloads.with_label_values(&["ok"]).inc();
                     self.metrics.reloaded.set(1);
-                    self.metrics.reload_time.set(now());
+                    self.metrics.reload_time.set(unix_time());
                     tracing::warn!("the configuration was read again and applies");
                 }
                 Err(error) => {
@@ -92,6 +95,7 @@ impl Settings {
     pub fn may_become(&self, new: &Settings) -> Result<(), Faults> {
         let fixed = [
             ("listen", self.listen != new.listen),
+            ("identify", self.identify != new.identify),
             ("admin", self.admin != new.admin),
             ("prestop", self.prestop != new.prestop),
             ("kubernetes", self.kubernetes != new.kubernetes),
@@ -106,13 +110,6 @@ impl Settings {
             changed.map(|(key, _)| format!("{key}: a change needs a restart")).collect();
         if faults.is_empty() { Ok(()) } else { Err(Faults(faults)) }
     }
-}
-
-/// Seconds since 1970, for a metric that shows a date; nothing is decided by it.
-#[expect(clippy::disallowed_methods, reason = "a date to show")]
-fn now() -> i64 {
-    let now = std::time::SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(now.as_secs()).unwrap_or(i64::MAX)
 }
 
 #[cfg(test)]
@@ -145,6 +142,7 @@ mod tests {
             admin: Arc::new(Admin::new(pool.clone(), Drain::new(), None)),
             prestop: Arc::new(Prestop::new(pool.clone(), None)),
             pool,
+            tls: Vec::new(),
             metrics,
         };
         let result = reload.once().map_err(|e| e.to_string());

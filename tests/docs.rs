@@ -10,7 +10,7 @@ use dindpool::cli::Cli;
 use dindpool::config::{Faults, Raw, duration};
 
 /// Those with flags.
-const COMMANDS: [&str; 6] = ["serve", "up", "status", "cordon", "uncordon", "drain"];
+const COMMANDS: [&str; 7] = ["serve", "up", "status", "cordon", "uncordon", "drain", "certs"];
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))

@@ -1,6 +1,7 @@
 //! The commands: what was typed becomes a call of the library.
 
 mod admin;
+mod certs;
 mod cordon;
 mod scale;
 mod serve;
@@ -38,6 +39,8 @@ enum Command {
     Uncordon(cordon::Uncordon),
     /// Cordon a daemon and wait for the end of its work; exits with 3 if something was cut
     Drain(cordon::Drain),
+    /// Make or renew certificates of a pool and its clients
+    Certs(certs::Certs),
     /// Compare the pool's balancing with other policies on a simulated day
     Simulate(simulate::Simulate),
     /// Print a completion script for a shell
@@ -192,6 +195,7 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Cordon(cordon) => runtime()?.block_on(cordon.run()),
         Command::Uncordon(uncordon) => runtime()?.block_on(uncordon.run()),
         Command::Drain(drain) => return runtime()?.block_on(drain.run()),
+        Command::Certs(certs) => certs.run(),
         Command::Simulate(simulate) => simulate.run(),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "dindpool", &mut std::io::stdout());

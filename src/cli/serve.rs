@@ -13,6 +13,7 @@ use crate::config::{Raw, Settings};
 use crate::provision::{fixed, kubernetes};
 use crate::reload::Source;
 use crate::telemetry;
+use crate::tls::RawTls;
 
 #[derive(Debug, Clone, Args)]
 pub struct Serve {
@@ -24,6 +25,10 @@ pub struct Serve {
     /// The daemons are the pods of this Deployment, which is scaled: NAME, NAMESPACE/NAME or NAMESPACE/NAME:PORT
     #[arg(long, env = "DINDPOOL_KUBERNETES", value_name = "DEPLOYMENT", conflicts_with = "daemon")]
     kubernetes: Option<String>,
+    /// TLS beside plain HTTP on every TCP listener: a directory with cert.pem, key.pem and perhaps the ca.pem of clients,
+    /// which then need a certificate (or tls.crt, tls.key, ca.crt)
+    #[arg(long, env = "DINDPOOL_TLS_DIR", value_name = "DIR")]
+    tls_dir: Option<PathBuf>,
     /// Where the preStop hooks of daemons' pods ask whether nothing runs there any more (deploy/prestop.sh): host:port
     #[arg(long, env = "DINDPOOL_PRESTOP", value_name = "ADDR")]
     prestop: Option<String>,
@@ -66,6 +71,7 @@ impl Serve {
         }
         let typed = Raw {
             kubernetes: self.kubernetes.clone(),
+            tls: self.tls_dir.clone().map(RawTls::Directory),
             prestop: self.prestop.clone(),
             prestop_token_file: self.prestop_token_file.clone(),
             lease: self.lease.clone(),

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::Args;
+use time::OffsetDateTime;
 use tokio::sync::mpsc;
 
 use super::admin::{DATA, TOKEN_FILE};
@@ -18,7 +19,13 @@ use crate::pool::Pool;
 use crate::provision::{docker, process};
 use crate::reload::Source;
 use crate::telemetry;
+use crate::tls::RawTls;
+use crate::tls::make::{Order, context_line, make};
 
+/// The name of the client whose certificate `--tls` makes.
+const CLIENT: &str = "client";
+/// How long its certificates last.
+const CERTIFICATE_DAYS: u32 = 365;
 /// Where the Unix socket is unless another is asked for.
 const SOCKET: &str = "unix:///run/dindpool/dindpool.sock";
 
@@ -26,6 +33,9 @@ const SOCKET: &str = "unix:///run/dindpool/dindpool.sock";
 pub struct Up {
     #[command(flatten)]
     common: Common,
+    /// TLS beside plain HTTP, with certificates that are made in DATA/certs if there are none
+    #[arg(long, env = "DINDPOOL_UP_TLS")]
+    tls: bool,
     /// How many daemons; --scale-min and --scale-max name a range instead
     #[arg(long, env = "DINDPOOL_UP_DAEMONS", default_value_t = 2, value_name = "N")]
     daemons: u32,
@@ -93,6 +103,7 @@ fn memory(text: &str) -> Result<u64, String> {
 
 impl Up {
     pub async fn run(self) -> anyhow::Result<()> {
+        self.make_certificates()?;
         let settings = self.settings()?;
         telemetry::start(settings.log_json, &settings.log_level);
         let sockets = Sockets::bind(&settings).await?;
@@ -132,7 +143,10 @@ impl Up {
             }
         };
         sockets.announce();
-        let beside = move |pool| -> app::Beside { Box::pin(announce(pool, lines, addresses, min, max)) };
+        let client = self.certificates().map(|directory| directory.join(CLIENT));
+        let beside = move |pool| -> app::Beside {
+            Box::pin(announce(pool, lines, paste(&addresses, client), min, max))
+        };
         let read = Box::new(move || {
             let settings = self.settings()?;
             let new = (settings.pool.scale.min, settings.pool.scale.max);
@@ -145,6 +159,21 @@ impl Up {
         });
         let source = Source { read, hangups: hangups()?, daemons: None };
         app::run(settings, sockets, provisioner, source, shutdown, beside).await
+    }
+
+    /// Where the certificates are that this pool makes by itself.
+    fn certificates(&self) -> Option<PathBuf> {
+        self.tls.then(|| self.data.join("certs"))
+    }
+
+    /// Makes them if there are none. They are the user's then: `dindpool certs` renews them.
+    fn make_certificates(&self) -> anyhow::Result<()> {
+        let Some(directory) = self.certificates().filter(|d| !d.join("server/cert.pem").exists()) else {
+            return Ok(());
+        };
+        let hosts = vec!["localhost".to_string()];
+        let order = Order { directory, hosts, client: CLIENT.into(), days: CERTIFICATE_DAYS };
+        make(&order, OffsetDateTime::now_utc()).map(drop).map_err(anyhow::Error::msg)
     }
 
     async fn kind(&self, host: &str) -> Kind {
@@ -168,6 +197,9 @@ impl Up {
                     .map(|a| RawListener { address: a.into(), ..RawListener::default() })
                     .to_vec(),
             );
+        }
+        if let Some(directory) = self.certificates() {
+            raw.tls = Some(RawTls::Directory(directory.join("server")));
         }
         // With limits of their own the daemons' slots follow those.
         if raw.slots.is_none() && self.cpus.is_none() && self.memory.is_none() {
@@ -201,7 +233,7 @@ impl Up {
 async fn announce(
     pool: Arc<Pool>,
     mut lines: mpsc::UnboundedReceiver<String>,
-    addresses: Vec<String>,
+    paste: Vec<String>,
     min: u32,
     max: u32,
 ) {
@@ -223,9 +255,7 @@ async fn announce(
                         _ if min < max => format!("{up} daemons are ready after {took:.1} s; there will be {min} to {max}. Use the pool with"),
                         _ => format!("{up} daemons are ready after {took:.1} s. Use the pool with"),
                     });
-                    for address in &addresses {
-                        say(&format!("export DOCKER_HOST={}", paste(address)));
-                    }
+                    paste.iter().for_each(|line| say(line));
                     say("Ctrl-C stops it.");
                 }
             }
@@ -233,7 +263,17 @@ async fn announce(
     }
 }
 
-/// An address as a client on this machine uses it.
-fn paste(address: &str) -> String {
-    address.replace("tcp://0.0.0.0:", "tcp://127.0.0.1:").replace("tcp://[::]:", "tcp://[::1]:")
+/// The lines for a client on this machine. With TLS there is one for it beside the others, which are served as well.
+fn paste(addresses: &[String], client: Option<PathBuf>) -> Vec<String> {
+    let near = |address: &String| {
+        address.replace("tcp://0.0.0.0:", "tcp://127.0.0.1:").replace("tcp://[::]:", "tcp://[::1]:")
+    };
+    let mut lines: Vec<String> =
+        addresses.iter().map(|a| format!("export DOCKER_HOST={}", near(a))).collect();
+    if let Some(client) = client
+        && let Some(address) = addresses.iter().find(|address| address.starts_with("tcp://"))
+    {
+        lines.push(context_line("dindpool", &near(address), &client));
+    }
+    lines
 }

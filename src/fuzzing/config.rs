@@ -7,6 +7,8 @@ use toml::{Table, Value};
 use crate::config::{Faults, MAX_DURATION, Raw, RawListener, duration};
 use crate::provision::fixed;
 use crate::proxy::listener::Address;
+use crate::tls::RawTls;
+use crate::tls::identity::Rule;
 
 /// A file is taken or every fault of it is named with its key; what is taken can be written down and means the same
 /// again; no setting is beyond its bounds.
@@ -96,11 +98,20 @@ fn written(raw: &Raw) -> String {
                 table.insert(name.into(), Value::String(value.clone()));
             }
         }
+        if let Some(tls) = &listener.tls {
+            table.insert("tls".into(), tls.to_toml());
+        }
+        if let Some(networks) = texts(&listener.proxy_protocol) {
+            table.insert("proxy_protocol".into(), networks);
+        }
         Value::Table(table)
     };
     // Every setting is named, so that a new one is not forgotten here.
     let Raw {
         listen,
+        tls,
+        identify,
+        proxy_protocol,
         admin,
         admin_token_file,
         prestop,
@@ -144,7 +155,14 @@ fn written(raw: &Raw) -> String {
     for (name, path) in [("admin_token_file", admin_token_file), ("prestop_token_file", prestop_token_file)] {
         put(name, path.as_ref().map(|path| Value::String(path.display().to_string())));
     }
-    for (name, value) in [("admin", admin), ("daemons", daemons), ("session_env", session_env)] {
+    put("tls", tls.as_ref().map(RawTls::to_toml));
+    put("identify", identify.as_ref().map(|rules| Value::Array(rules.iter().map(Rule::to_toml).collect())));
+    for (name, value) in [
+        ("proxy_protocol", proxy_protocol),
+        ("admin", admin),
+        ("daemons", daemons),
+        ("session_env", session_env),
+    ] {
         put(name, texts(value));
     }
     for (name, value) in [

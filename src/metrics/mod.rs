@@ -39,6 +39,14 @@ pub struct Metrics {
     pub accepted: IntCounterVec,
     /// Client connections refused, by the limit that they met.
     pub refused: IntCounterVec,
+    /// TLS handshakes of clients, by result (`done`, `failed`).
+    pub tls_handshakes: IntCounterVec,
+    /// Clients that are refused for want of a good certificate (`certificate`) or of TLS (`plain`).
+    pub tls_refused: IntCounterVec,
+    /// Certificate files that had changed, by result (`replaced`, `refused`).
+    pub certificate_reloads: IntCounterVec,
+    /// PROXY headers, by result (`taken`, `refused`).
+    pub proxy_headers: IntCounterVec,
     /// Connections whose peer had vanished while data was on its way.
     pub peers_lost: IntCounterVec,
     /// Ids that the daemons were asked for, by outcome.
@@ -173,6 +181,13 @@ fn combinations<'a>(metric: &Metric, tenant: Option<&'a str>) -> Vec<Vec<&'a str
 }
 
 impl Metrics {
+    /// These certificates apply: files and dates of expiry.
+    pub fn certificates(&self, expiries: &[(String, i64)]) {
+        for (file, expires) in expiries {
+            self.certificate_expiry.with_label_values(&[file]).set(*expires);
+        }
+    }
+
     /// Registers everything on `registry`.
     ///
     /// # Errors
@@ -196,6 +211,10 @@ impl Metrics {
             connections: make.gauges(&names::CONNECTIONS)?,
             accepted: make.counters(&names::ACCEPTED)?,
             refused: make.counters(&names::CONNECTIONS_REFUSED)?,
+            tls_handshakes: make.counters(&names::TLS_HANDSHAKES)?,
+            tls_refused: make.counters(&names::TLS_REFUSED)?,
+            certificate_reloads: make.counters(&names::CERTIFICATE_RELOADS)?,
+            proxy_headers: make.counters(&names::PROXY_HEADERS)?,
             peers_lost: make.counters(&names::PEERS_LOST)?,
             lookups: make.counters(&names::LOOKUPS)?,
             panics: make.counter(&names::PANICS)?,

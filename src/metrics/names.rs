@@ -145,6 +145,14 @@ const RELOAD: Label = words("result", &["ok", "refused"], "of a reload");
 const DRAIN: Label = words("result", &["idle", "cut", "uncordoned"], "of a drain");
 const NOTE: Label = words("kind", &["mark", "event"], "of a note: an annotation, an Event");
 const NOTED: Label = words("outcome", &["done", "failed", "forbidden"], "of a note");
+const HANDSHAKE: Label = words("result", &["done", "failed"], "of a TLS handshake");
+const LACK: Label = words(
+    "reason",
+    &["certificate", "plain"],
+    "of a refused client: it has no good certificate; it came without TLS where that is refused",
+);
+const ROTATION: Label = words("result", &["replaced", "refused"], "of certificate files that changed");
+const HEADER: Label = words("result", &["taken", "refused"], "of a PROXY header");
 const PRESTOP: Label =
     words("outcome", &["drained", "busy", "unknown", "refused"], "of a preStop hook's question");
 const CHANGE: Label = words("change", &["begun", "ended"], "");
@@ -210,6 +218,8 @@ metrics! {
     BYTES: Counter, "dindpool_bytes_total", [DIRECTION], "Bytes relayed, up to daemons or down.";
     CERTIFICATE_EXPIRY: Gauge, "dindpool_certificate_expiry_timestamp_seconds", [CERTIFICATE],
         "When a certificate that is shown to clients or daemons expires, in Unix time.";
+    CERTIFICATE_RELOADS: Counter, "dindpool_certificate_reloads_total", [ROTATION],
+        "Changes of certificate files, by whether they were taken.";
     CONFIG_RELOADED: Gauge, "dindpool_config_last_reload_successful", [],
         "Whether the configuration that was read last is the one that applies.";
     CONFIG_READ: Gauge, "dindpool_config_read_timestamp_seconds", [],
@@ -276,6 +286,8 @@ metrics! {
     PROBES: Counter, "dindpool_probes_total", [PROBE, PROBED], "Probes by kind and outcome.";
     PROBLEMS: Gauge, "dindpool_problems", [],
         "Problems that are there now, each a sentence in the status: of the provisioner, of daemons that do not fit.";
+    PROXY_HEADERS: Counter, "dindpool_proxy_headers_total", [HEADER],
+        "PROXY headers of load balancers, by whether they were taken.";
     QUEUE_ABANDONED: Counter, "dindpool_queue_abandoned_total", [TENANT], "Tickets whose client left the queue.";
     QUEUE_LIMIT: Gauge, "dindpool_queue_limit", [], "Tickets that may wait; 0 without a queue.";
     QUEUE_OLDEST: Gauge, "dindpool_queue_oldest_seconds", [],
@@ -305,6 +317,10 @@ metrics! {
     STREAMS: Gauge, "dindpool_streams", [STREAM], "Exchanges and tunnels that are open.";
     TENANT_SESSIONS: Gauge, "dindpool_tenant_sessions", [TENANT], "Sessions of a tenant with a lease.";
     TENANT_SLOTS_USED: Gauge, "dindpool_tenant_slots_used", [TENANT], "Slots that a tenant's sessions hold.";
+    TLS_HANDSHAKES: Counter, "dindpool_tls_handshakes_total", [HANDSHAKE],
+        "TLS handshakes of clients, by result.";
+    TLS_REFUSED: Counter, "dindpool_tls_refused_total", [LACK],
+        "Clients refused for what they lack: a good certificate, or TLS itself.";
     WORK: Counter, "dindpool_work_total", [TENANT],
         "Requests that start work (builds, pulls, new containers) and got a daemon, at once or after a wait.";
     WRONG_REMOVALS: Counter, "dindpool_wrong_removals_total", [],

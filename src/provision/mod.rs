@@ -22,6 +22,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::engine::autoscaler::{Removal, Step};
 use crate::engine::model::DaemonId;
+use crate::tls::TlsStream;
 
 /// The longest path of a Unix socket (`sun_path` has 108 bytes, the last of them 0).
 pub const MAX_SOCKET_PATH: usize = 107;
@@ -158,6 +159,8 @@ pub enum Stream {
     Tcp(TcpStream),
     /// Over a Unix socket.
     Unix(UnixStream),
+    /// Over TLS.
+    Tls(Box<TlsStream>),
 }
 
 impl Endpoint {

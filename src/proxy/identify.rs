@@ -29,6 +29,8 @@ pub enum Source {
     Process(String),
     /// A process on this machine of which only the user is known.
     User(u32),
+    /// The session that a rule has made of its certificate or the host it asked for.
+    Tls(String),
 }
 
 /// Whose request it is.
@@ -61,7 +63,7 @@ pub fn identify(
     let tenant = match prefix.tenant {
         // Who listens for one team only does not let a client choose another: quota and fairness are the team's.
         Some(tenant) if listener.tenant.as_str() != "default" && tenant != listener.tenant.as_str() => {
-            let message = format!("this listener is for tenant {}, not for {tenant}", listener.tenant);
+            let message = format!("this client is of tenant {}, not of {tenant}", listener.tenant);
             return Err(Error::new(Kind::BadRequest, message));
         }
         Some(tenant) => Tenant::from(checked_tenant(tenant)?),
@@ -92,7 +94,7 @@ pub fn identify(
             let interactive = match source {
                 Source::Process(process) => process.starts_with("posix:"),
                 Source::User(_) => true,
-                Source::Ip(_) => false,
+                Source::Ip(_) | Source::Tls(_) => false,
             };
             let other = tenant != listener.tenant;
             Identity { key: own, source: other.then_some(bare), tenant, interactive }
@@ -109,6 +111,7 @@ fn source_key(tenant: &Tenant, source: &Source) -> SessionKey {
             None => key(tenant, "posix", process),
         },
         Source::User(uid) => key(tenant, "uid", &uid.to_string()),
+        Source::Tls(session) => key(tenant, "tls", session),
     }
 }
 
@@ -197,6 +200,20 @@ mod tests {
     fn an_explicit_session_remembers_its_source_and_a_dedicated_one_need_not() {
         let identity = identify(&listener(), &ip(), &Prefix::default(), Some(b"job-1")).unwrap();
         assert_eq!(identity.source.unwrap().as_str(), "ip:10.0.0.7");
+    }
+
+    #[test]
+    fn a_session_by_certificate_gives_way_to_an_explicit_one() {
+        let tls = Source::Tls("release".into());
+        let of = |header: Option<&[u8]>| identify(&listener(), &tls, &Prefix::default(), header).unwrap();
+        assert_eq!((of(None).key.as_str(), of(None).source), ("tls:release", None));
+        assert_eq!(of(Some(b"job-1")).key.as_str(), "name:job-1");
+        assert_eq!(
+            of(Some(b"job-1")).source.unwrap().as_str(),
+            "tls:release",
+            "buildx says no more than that"
+        );
+        assert!(!of(None).interactive);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use tokio::task::JoinHandle;
 
 use super::identify::ListenerIdentity;
 use super::limits::{Gate, Limits};
-use super::listener::{self, Address, Bound};
+use super::listener::{self, Address, Bound, Entry};
 use super::peer::Peers;
 use super::relay::testing::{Ending, read_to_end, read_until, say, soon};
 use super::{Proxy, Sweeper, WaitingBuilds};
@@ -66,6 +66,11 @@ async fn serve(id: &str, mut stream: TcpStream) {
 
 /// A whole proxy in front of these daemons, and its address.
 pub(super) async fn proxy(daemons: Vec<(&str, Endpoint)>) -> (Arc<Proxy>, String) {
+    proxy_at(daemons, ListenerIdentity { tenant: "default".into(), session: None }.into()).await
+}
+
+/// The same behind a listener of the test's own.
+pub(super) async fn proxy_at(daemons: Vec<(&str, Endpoint)>, entry: Entry) -> (Arc<Proxy>, String) {
     let metrics = Metrics::new(prometheus::Registry::new()).unwrap();
     let config = Config { slots: Some(3), probe_interval: Duration::from_secs(600), ..Config::default() };
     let pool = Pool::new(config, metrics.clone(), 1);
@@ -97,8 +102,7 @@ pub(super) async fn proxy(daemons: Vec<(&str, Endpoint)>) -> (Arc<Proxy>, String
     });
     let bound = Bound::new(&Address::Tcp("127.0.0.1:0".into())).await.unwrap();
     let address = bound.address().replace("tcp://", "");
-    let identity = ListenerIdentity { tenant: "default".into(), session: None };
-    tokio::spawn(listener::run(proxy.clone(), Arc::new(identity), bound));
+    tokio::spawn(listener::run(proxy.clone(), Arc::new(entry), bound));
     soon(async {
         while pool.status().daemons.iter().filter(|d| d.takes_sessions()).count() < many {
             tokio::task::yield_now().await;

@@ -84,10 +84,20 @@ pub struct Pass {
     source: Option<IpAddr>,
 }
 
-impl Drop for Pass {
-    fn drop(&mut self) {
-        self.gate.open.fetch_sub(1, Ordering::Relaxed);
-        let Some(source) = self.source else { return };
+impl Pass {
+    /// Counts the client as one of this address: who it is was not known when it was let in.
+    ///
+    /// # Errors
+    /// When that has too many.
+    pub fn claim(&mut self, ip: IpAddr) -> Result<(), Refused> {
+        let source = self.gate.count(ip)?;
+        self.release();
+        self.source = source;
+        Ok(())
+    }
+
+    fn release(&mut self) {
+        let Some(source) = self.source.take() else { return };
         let mut sources = self.gate.sources.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(open) = sources.get_mut(&source) {
             *open -= 1;
@@ -95,6 +105,13 @@ impl Drop for Pass {
                 sources.remove(&source);
             }
         }
+    }
+}
+
+impl Drop for Pass {
+    fn drop(&mut self) {
+        self.gate.open.fetch_sub(1, Ordering::Relaxed);
+        self.release();
     }
 }
 
@@ -134,6 +151,21 @@ impl Gate {
         self.limits.per_source.unwrap_or(self.total() / 2).max(1)
     }
 
+    /// Counts a source's client that was let in already.
+    fn count(&self, ip: IpAddr) -> Result<Option<IpAddr>, Refused> {
+        let source = source(ip);
+        if source.is_loopback() {
+            return Ok(None);
+        }
+        let mut sources = self.sources.lock().unwrap_or_else(PoisonError::into_inner);
+        let open = sources.entry(source).or_default();
+        if *open >= self.per_source() {
+            return Err(Refused::Source);
+        }
+        *open += 1;
+        Ok(Some(source))
+    }
+
     /// Lets a client in. `ip` is its address, if it came over TCP. Clients of this machine count only in total:
     /// all of them share an address.
     ///
@@ -144,17 +176,9 @@ impl Gate {
             self.open.fetch_sub(1, Ordering::Relaxed);
             return Err(Refused::Total);
         }
-        let source = ip.map(source).filter(|ip| !ip.is_loopback());
         let mut pass = Pass { gate: self.clone(), source: None };
-        if let Some(source) = source {
-            let mut sources = self.sources.lock().unwrap_or_else(PoisonError::into_inner);
-            let open = sources.entry(source).or_default();
-            if *open >= self.per_source() {
-                drop(sources);
-                return Err(Refused::Source);
-            }
-            *open += 1;
-            pass.source = Some(source);
+        if let Some(ip) = ip {
+            pass.source = self.count(ip)?;
         }
         Ok(pass)
     }
@@ -195,7 +219,7 @@ impl Gate {
 }
 
 /// Tells a client that is not let in why, if it has a request.
-pub async fn tell(pool: &Pool, mut client: Side, error: Error) {
+pub async fn tell(pool: &Pool, client: &mut Side, error: Error) {
     let Ok(Ok(Some(head))) = tokio::time::timeout(SHED_TIME, client.read_head()).await else { return };
     let prefix = classify::prefix(head.target()).length;
     let path = head.path().get(prefix..).unwrap_or_default();
@@ -209,7 +233,7 @@ pub async fn tell(pool: &Pool, mut client: Side, error: Error) {
         _ if route.h2 => return,
         _ => error.response(head_only),
     };
-    refuse(&mut client, &answer).await;
+    refuse(client, &answer).await;
 }
 
 /// What counts as one source: an IPv4 address; the /64 that an IPv6 host chooses its addresses from.

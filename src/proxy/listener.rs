@@ -1,5 +1,6 @@
 //! Listening sockets: bound early, served late, so that their real addresses are known before the first client.
 
+use std::net::IpAddr;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,9 +13,12 @@ use tokio::net::{TcpListener, UnixListener};
 use super::identify::ListenerIdentity;
 use super::limits::{self, Refused, Spare, is_out_of_descriptors};
 use super::relay::Side;
+use super::sniff::Network;
 use super::{Origin, Proxy, serve};
 use crate::metrics::Counted;
 use crate::provision::{Stream, keepalive};
+use crate::tls::Server;
+use crate::tls::identity::Rule;
 
 /// Where to listen.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -69,6 +73,33 @@ impl fmt::Display for Address {
             Address::Tcp(address) => write!(f, "tcp://{address}"),
             Address::Unix(path) => write!(f, "unix://{}", path.display()),
         }
+    }
+}
+
+/// What a listener does with its clients before it serves them.
+#[derive(Debug)]
+pub struct Entry {
+    /// What it says about them.
+    pub identity: Arc<ListenerIdentity>,
+    /// Its TLS, if it has any.
+    pub tls: Option<Arc<Server>>,
+    /// Where load balancers are whose PROXY headers count.
+    pub load_balancers: Vec<Network>,
+    /// What becomes of those with TLS.
+    pub rules: Arc<[Rule]>,
+}
+
+impl Entry {
+    /// Whether a PROXY header from there counts.
+    pub fn trusts(&self, ip: IpAddr) -> bool {
+        self.load_balancers.iter().any(|network| network.contains(ip))
+    }
+}
+
+impl From<ListenerIdentity> for Entry {
+    /// A listener without TLS, which nobody stands in front of.
+    fn from(identity: ListenerIdentity) -> Self {
+        Entry { identity: Arc::new(identity), tls: None, load_balancers: Vec::new(), rules: Arc::default() }
     }
 }
 
@@ -192,11 +223,11 @@ fn remove_stale(path: &Path) -> io::Result<()> {
 }
 
 /// Accepts clients until the drain begins.
-pub async fn run(proxy: Arc<Proxy>, identity: Arc<ListenerIdentity>, bound: Bound) {
+pub async fn run(proxy: Arc<Proxy>, entry: Arc<Entry>, bound: Bound) {
     let kind = bound.kind();
     let accepted = proxy.metrics.accepted.with_label_values(&[kind]);
     let open = proxy.metrics.connections.with_label_values(&[kind]);
-    let door = Door { proxy, identity, accepted, open };
+    let door = Door { proxy, entry, accepted, open };
     let mut spare = Spare::new();
     loop {
         let accepted = tokio::select! {
@@ -249,7 +280,7 @@ async fn now(bound: &Bound) -> Option<io::Result<(Stream, Origin)>> {
 /// What each new client of a listener gets.
 struct Door {
     proxy: Arc<Proxy>,
-    identity: Arc<ListenerIdentity>,
+    entry: Arc<Entry>,
     accepted: IntCounter,
     open: IntGauge,
 }
@@ -260,17 +291,19 @@ impl Door {
         self.accepted.inc();
         let proxy = self.proxy.clone();
         let source = match origin {
+            // Whose client it is, a load balancer says in a moment.
+            Origin::Tcp(client, _) if self.entry.trusts(client.ip()) => None,
             Origin::Tcp(client, _) => Some(client.ip()),
             Origin::Unix(..) => None,
         };
         match proxy.gate.enter(source) {
             Ok(pass) => {
-                let (connection, identity) = (proxy.clone(), self.identity.clone());
+                let (connection, entry) = (proxy.clone(), self.entry.clone());
                 let open = Counted::new(&self.open);
                 // A panic ends this task and its connection; the guards in it give everything back.
                 proxy.drain.spawn(async move {
-                    let _held = (open, pass);
-                    serve(connection, identity, stream, origin).await;
+                    let (_open, mut pass) = (open, pass);
+                    serve(connection, entry, stream, origin, &mut pass).await;
                 });
             }
             Err(why) => {
@@ -279,7 +312,7 @@ impl Door {
                     let (told, error) = (proxy.clone(), proxy.gate.error(why));
                     proxy.drain.spawn(async move {
                         let _place = place;
-                        limits::tell(&told.pool, Side::new(stream), error).await;
+                        limits::tell(&told.pool, &mut Side::new(stream), error).await;
                     });
                 }
             }

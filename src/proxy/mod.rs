@@ -1,7 +1,7 @@
 //! The data path. One request, from top to bottom:
 //!
 //! ```text
-//! accept → first bytes: HTTP/2 preface? → HTTP/1 head
+//! accept → first bytes: PROXY header? TLS? HTTP/2 preface? → HTTP/1 head
 //!   → classify   what it is, from method and path
 //!   → identify   whose it is, from connection and head
 //!   → local?     /_ping, /version, the 101 of /grpc are answered here
@@ -15,6 +15,7 @@ mod attempts;
 pub(crate) mod body;
 pub mod cancel;
 pub mod classify;
+mod greet;
 pub mod identify;
 #[cfg(test)]
 mod isolation;
@@ -25,6 +26,7 @@ mod local;
 pub mod peer;
 mod record;
 pub mod relay;
+pub mod sniff;
 pub(crate) mod solve;
 pub mod sweep;
 mod wait;
@@ -44,7 +46,8 @@ use self::cancel::WaitingBuilds;
 use self::classify::{Learn, Local, Peek, Prefix, Route, classify};
 use self::identify::{HEADER, Identity, ListenerIdentity, PROJECT, Source, identify};
 use self::learn::{Named, Reader, Watcher};
-use self::limits::Gate;
+use self::limits::{Gate, Pass};
+use self::listener::Entry;
 use self::peer::Peers;
 use self::record::{Record, TRACEPARENT};
 use self::relay::h2::PREFACE;
@@ -162,16 +165,17 @@ enum Next {
 }
 
 /// Serves one client connection to its end.
-pub async fn serve(proxy: Arc<Proxy>, listener: Arc<ListenerIdentity>, stream: Stream, origin: Origin) {
+pub async fn serve(proxy: Arc<Proxy>, entry: Arc<Entry>, stream: Stream, origin: Origin, pass: &mut Pass) {
     let mut client = Side::new(stream);
     if matches!(origin, Origin::Tcp(..)) {
         client.guard(proxy.sweeper.watch(None));
     }
-    let mut connection = Connection::new(proxy, listener, client, origin);
+    let mut connection = Connection::new(proxy, entry.identity.clone(), client, origin);
     // Its timer is not held any longer than that.
-    if Box::pin(connection.first_bytes()).await == Next::Close {
+    if Box::pin(connection.greet(&entry, pass)).await == Next::Close {
         return;
     }
+    drop(entry);
     while connection.next_request().await == Next::Request {}
 }
 
@@ -187,37 +191,6 @@ impl Connection {
             kept: None,
             streaming: false,
             number: None,
-        }
-    }
-
-    /// Looks at what the client speaks.
-    async fn first_bytes(&mut self) -> Next {
-        let deadline = 2 * self.proxy.head_deadline;
-        let first = timeout(deadline, self.client.peek(4));
-        let first = match self.proxy.drain.unless_stopping(first).await {
-            Some(first) => first,
-            // It has connected a moment ago, and its request is on its way.
-            None => timeout(NEWCOMER, self.client.peek(4)).await,
-        };
-        let Ok(first) = first else {
-            // To one that has asked nothing, nothing is answered: it may be kept in reserve by its client, which
-            // would take an answer for that to its next request.
-            return match self.client.buffered() {
-                [] => Next::Close,
-                _ => self.refuse(&too_slow("head", deadline), false).await,
-            };
-        };
-        match first {
-            Ok(first) if first.starts_with(b"PRI ") => {
-                Box::pin(self.native_h2()).await;
-                Next::Close
-            }
-            Ok([0x16, ..]) => {
-                let message = "this listener speaks plain HTTP: use tcp:// without TLS (unset DOCKER_TLS_VERIFY and DOCKER_CERT_PATH)";
-                self.refuse(&Error::new(Kind::BadRequest, message), false).await
-            }
-            Ok(_) => Next::Request,
-            Err(_) => Next::Close,
         }
     }
 
@@ -1152,7 +1125,7 @@ mod tests {
         size_of::<F>()
     }
 
-    fn size_of_serve<F>(_: fn(Arc<Proxy>, Arc<ListenerIdentity>, Stream, Origin) -> F) -> usize {
+    fn size_of_serve<'a, F>(_: fn(Arc<Proxy>, Arc<Entry>, Stream, Origin, &'a mut Pass) -> F) -> usize {
         size_of::<F>()
     }
 

@@ -231,6 +231,11 @@ impl Pool {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
 
+    /// The `--data` of `up`.
+    pub fn data(&self) -> PathBuf {
+        self.dir.path().join("d")
+    }
+
     /// A folder that lives as long as the pool.
     pub fn dir(&self) -> &Path {
         self.dir.path()

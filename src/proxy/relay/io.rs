@@ -12,7 +12,7 @@ use std::io::{self, IoSlice};
 use std::os::fd::{AsRawFd, RawFd};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll, Waker, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
@@ -76,6 +76,7 @@ pub struct Side {
 impl Drop for Side {
     fn drop(&mut self) {
         self.unguard();
+        self.farewell();
     }
 }
 
@@ -115,11 +116,24 @@ impl Side {
         }
     }
 
-    /// Gives the socket back, and what had been read from it, for another protocol (TLS) to take over.
-    pub fn into_parts(mut self) -> (Option<Stream>, Vec<u8>) {
+    /// Gives the socket away, and what had been read from it, for another protocol (TLS) to take over; the side is
+    /// closed then.
+    pub fn take_parts(&mut self) -> (Option<Stream>, Vec<u8>) {
         self.unguard();
         let unread = self.buffered().to_vec();
+        (self.input, self.consumed) = (Vec::new(), 0);
         (self.stream.take(), unread)
+    }
+
+    /// Says that a TLS connection ends here, as far as the kernel takes that now: without it the peer would have to
+    /// take the end for a break.
+    fn farewell(&mut self) {
+        if let Some(Stream::Tls(stream)) = &mut self.stream
+            && !self.fin_sent
+        {
+            let mut cx = Context::from_waker(Waker::noop());
+            let _ = Pin::new(stream).poll_shutdown(&mut cx);
+        }
     }
 
     /// What has been read and not consumed.
@@ -267,6 +281,11 @@ impl Side {
 
     /// Closes both directions; what the kernel has accepted is still delivered.
     pub fn close(&mut self) {
+        self.farewell();
+        self.forget();
+    }
+
+    fn forget(&mut self) {
         self.unguard();
         self.stream = None;
         (self.input, self.consumed) = (Vec::new(), 0);
@@ -275,11 +294,17 @@ impl Side {
 
     /// Closes at once: the peer sees RST on TCP, a plain close on a Unix socket.
     pub fn abort(&mut self) {
-        if let Some(Stream::Tcp(stream)) = &self.stream {
+        let socket = match &self.stream {
+            Some(Stream::Tcp(stream)) => Some(stream),
+            Some(Stream::Tls(stream)) => Some(stream.socket()),
+            Some(Stream::Unix(_)) | None => None,
+        };
+        if let Some(socket) = socket {
             // Best effort: a socket that refuses the option is closed all the same.
-            let _ = socket2::SockRef::from(stream).set_linger(Some(std::time::Duration::ZERO));
+            let _ = socket2::SockRef::from(socket).set_linger(Some(std::time::Duration::ZERO));
         }
-        self.close();
+        // No farewell: a broken stream must not look complete.
+        self.forget();
     }
 
     /// Whether anything is left over that another message would trip on.
@@ -319,6 +344,7 @@ impl Side {
         Some(match self.stream.as_ref()? {
             Stream::Tcp(stream) => stream.as_raw_fd(),
             Stream::Unix(stream) => stream.as_raw_fd(),
+            Stream::Tls(stream) => stream.socket().as_raw_fd(),
         })
     }
 
@@ -329,7 +355,7 @@ impl Side {
 
     /// Whether there are any.
     pub(super) fn has_output(&self) -> bool {
-        !self.output.is_empty()
+        !self.output.is_empty() || matches!(&self.stream, Some(Stream::Tls(stream)) if stream.has_output())
     }
 
     /// Reads once, at most `max` bytes, and appends them to what is buffered; 0 is the end.
@@ -395,6 +421,7 @@ impl Side {
         let result = match self.stream.as_mut() {
             Some(Stream::Tcp(stream)) => ready!(Pin::new(stream).poll_read(cx, &mut buf)),
             Some(Stream::Unix(stream)) => ready!(Pin::new(stream).poll_read(cx, &mut buf)),
+            Some(Stream::Tls(stream)) => ready!(Pin::new(stream).poll_read(cx, &mut buf)),
             None => return Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
         };
         let n = buf.filled().len();
@@ -410,7 +437,7 @@ impl Side {
     /// Writes as much as the kernel takes now and keeps the rest for [`Side::poll_flush`]. Only to be called
     /// without output pending; that is what bounds the memory.
     pub(super) fn send(&mut self, cx: &mut Context<'_>, parts: &[IoSlice<'_>]) -> io::Result<()> {
-        debug_assert!(!self.has_output());
+        debug_assert!(self.output.is_empty());
         let mut taken = match self.poll_write(cx, parts) {
             Poll::Ready(result) => result?,
             Poll::Pending => 0,
@@ -430,7 +457,7 @@ impl Side {
 
     /// Writes what is pending.
     pub(super) fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        while self.has_output() {
+        while !self.output.is_empty() {
             let output = std::mem::take(&mut self.output);
             let result = self.poll_write(cx, &[IoSlice::new(&output[self.written..])]);
             self.output = output;
@@ -439,7 +466,11 @@ impl Side {
                 (self.output, self.written) = (Vec::new(), 0);
             }
         }
-        Poll::Ready(Ok(()))
+        match &mut self.stream {
+            // What it has encrypted is not with the kernel yet.
+            Some(Stream::Tls(stream)) if stream.has_output() => Pin::new(stream).poll_flush(cx),
+            _ => Poll::Ready(Ok(())),
+        }
     }
 
     fn poll_write(&mut self, cx: &mut Context<'_>, parts: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
@@ -448,6 +479,7 @@ impl Side {
             (Some(Stream::Tcp(stream)), _) => ready!(Pin::new(stream).poll_write_vectored(cx, parts))?,
             (Some(Stream::Unix(stream)), [one]) => ready!(Pin::new(stream).poll_write(cx, one))?,
             (Some(Stream::Unix(stream)), _) => ready!(Pin::new(stream).poll_write_vectored(cx, parts))?,
+            (Some(Stream::Tls(stream)), _) => ready!(Pin::new(stream).poll_write_vectored(cx, parts))?,
             (None, _) => return Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
         };
         let empty = parts.iter().all(|part| part.is_empty());
@@ -467,6 +499,8 @@ impl Side {
             match self.stream.as_mut() {
                 Some(Stream::Tcp(stream)) => ready!(Pin::new(stream).poll_shutdown(cx))?,
                 Some(Stream::Unix(stream)) => ready!(Pin::new(stream).poll_shutdown(cx))?,
+                // close_notify, then FIN.
+                Some(Stream::Tls(stream)) => ready!(Pin::new(stream).poll_shutdown(cx))?,
                 None => return Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
             }
             self.fin_sent = true;
@@ -641,6 +675,6 @@ mod tests {
         assert_eq!(soon(near.peek(4)).await.unwrap(), b"abcd");
         near.consume(3);
         assert_eq!(near.buffered(), b"d");
-        assert_eq!(near.into_parts().1, b"d");
+        assert_eq!(near.take_parts().1, b"d");
     }
 }

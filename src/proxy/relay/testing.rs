@@ -2,14 +2,17 @@
 
 use std::future::Future;
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::time::timeout;
+use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use super::Side;
 use crate::provision::Stream;
+use crate::tls::Wire;
 
 /// The far end of a side, held by a test.
 pub trait Far: AsyncRead + AsyncWrite + Unpin + Send {}
@@ -38,6 +41,35 @@ pub fn unix() -> (Side, UnixStream) {
     (Side::new(Stream::Unix(near)), far)
 }
 
+/// A side that serves TLS, and its far end.
+pub async fn tls() -> (Side, TlsFar) {
+    let key = rcgen::generate_simple_self_signed(vec!["localhost".into()]).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let der = rustls::pki_types::PrivateKeyDer::try_from(key.signing_key.serialize_der()).unwrap();
+    let server = rustls::ServerConfig::builder_with_provider(provider.clone())
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(vec![key.cert.der().clone()], der)
+        .unwrap();
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(key.cert.der().clone()).unwrap();
+    let client = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let (mut near, far) = tcp().await;
+    let (Some(Stream::Tcp(near)), early) = near.take_parts() else { panic!("not TCP") };
+    let accept = TlsAcceptor::from(Arc::new(server)).accept(Wire::new(near, early));
+    let connect = TlsConnector::from(Arc::new(client)).connect("localhost".try_into().unwrap(), far);
+    let (near, far) = soon(async { tokio::join!(accept, connect) }).await;
+    (Side::new(Stream::Tls(Box::new(near.unwrap().into()))), far.unwrap())
+}
+
+/// The client's end of a TLS connection.
+pub type TlsFar = tokio_rustls::client::TlsStream<TcpStream>;
+
 /// A test that hangs has failed.
 pub async fn soon<T>(future: impl Future<Output = T>) -> T {
     timeout(Duration::from_secs(20), future).await.expect("this took more than 20 s")
@@ -63,7 +95,9 @@ pub async fn read_to_end(far: &mut impl Far) -> (Vec<u8>, Ending) {
             Ok(0) => return (seen, Ending::Fin),
             Ok(n) => seen.extend_from_slice(&buf[..n]),
             Err(error) => {
-                assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+                // Of TLS also a FIN without a word.
+                let broken = [io::ErrorKind::ConnectionReset, io::ErrorKind::UnexpectedEof];
+                assert!(broken.contains(&error.kind()), "{error}");
                 return (seen, Ending::Rst);
             }
         }

@@ -231,7 +231,7 @@ mod tests {
     use tokio::task::JoinHandle;
 
     use super::super::h2::{AckSwallower, PREFACE};
-    use super::super::testing::{Ending, Far, read_to_end, read_until, reset, say, soon, tcp, unix};
+    use super::super::testing::{Ending, Far, read_to_end, read_until, reset, say, soon, tcp, tls, unix};
     use super::*;
 
     fn start(mut client: Side, mut daemon: Side, kind: TunnelKind) -> JoinHandle<TunnelEnd> {
@@ -281,6 +281,60 @@ mod tests {
             assert_eq!(read_to_end(&mut client).await.1, Ending::Rst);
             assert_eq!(soon(task).await.unwrap().cause, TunnelCause::DaemonReset);
         }
+    }
+
+    #[tokio::test]
+    async fn close_notify_closes_its_direction_only() {
+        let ((near_client, mut client), (near_daemon, mut daemon)) = (tls().await, tcp().await);
+        let task = start(near_client, near_daemon, TunnelKind::Raw);
+        say(&mut client, "stdin").await;
+        client.flush().await.unwrap();
+        // As Go's CloseWrite: no FIN with it.
+        client.get_mut().1.send_close_notify();
+        client.flush().await.unwrap();
+        assert_eq!(read_to_end(&mut daemon).await, (b"stdin".to_vec(), Ending::Fin));
+        say(&mut daemon, "output").await;
+        read_until(&mut client, "output").await;
+        drop(daemon);
+        assert_eq!(read_to_end(&mut client).await.1, Ending::Fin);
+        let end = soon(task).await.unwrap();
+        assert_eq!(end, TunnelEnd { cause: TunnelCause::ClientFinished, up: 5, down: 6 });
+    }
+
+    #[tokio::test]
+    async fn tls_that_is_cut_is_a_break_and_no_end() {
+        for with_reset in [false, true] {
+            let ((near_client, client), (near_daemon, mut daemon)) = (tls().await, tcp().await);
+            let task = start(near_client, near_daemon, TunnelKind::Raw);
+            let (socket, _) = client.into_inner();
+            if with_reset {
+                reset(socket)
+            } else {
+                drop(socket)
+            }
+            assert_eq!(read_to_end(&mut daemon).await.1, Ending::Rst);
+            assert_eq!(soon(task).await.unwrap().cause, TunnelCause::ClientReset);
+        }
+        // A daemon that breaks off is no clean end for the client either.
+        let ((near_client, mut client), (near_daemon, daemon)) = (tls().await, tcp().await);
+        let task = start(near_client, near_daemon, TunnelKind::Raw);
+        reset(daemon);
+        assert_eq!(read_to_end(&mut client).await.1, Ending::Rst);
+        assert_eq!(soon(task).await.unwrap().cause, TunnelCause::DaemonReset);
+    }
+
+    #[tokio::test]
+    async fn tls_ends_with_close_notify() {
+        let ((near_client, mut client), (near_daemon, mut daemon)) = (tls().await, tls().await);
+        let task = start(near_client, near_daemon, TunnelKind::H2);
+        say(&mut daemon, "goaway").await;
+        daemon.shutdown().await.unwrap();
+        assert_eq!(read_to_end(&mut client).await, (b"goaway".to_vec(), Ending::Fin));
+        drop(client);
+        soon(task).await.unwrap();
+        let (side, mut far) = tls().await;
+        drop(side);
+        assert_eq!(read_to_end(&mut far).await.1, Ending::Fin, "a side that is dropped says so");
     }
 
     #[tokio::test]
@@ -394,6 +448,8 @@ mod tests {
         let (client, daemon, task) = world(TunnelKind::Raw).await;
         run(client, daemon, task).await;
         let ((near_client, client), (near_daemon, daemon)) = (unix(), unix());
+        run(client, daemon, start(near_client, near_daemon, TunnelKind::Raw)).await;
+        let ((near_client, client), (near_daemon, daemon)) = (tls().await, tls().await);
         run(client, daemon, start(near_client, near_daemon, TunnelKind::Raw)).await;
     }
 
