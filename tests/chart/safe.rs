@@ -233,3 +233,26 @@ fn the_hooks_of_the_daemons_reach_the_proxy() {
     let yaml = template(&["--set", "dind.prestop.enabled=false"]).unwrap();
     assert!(!yaml.to_lowercase().contains("prestop"), "{yaml}");
 }
+
+#[test]
+fn a_certificate_of_cert_manager_is_for_the_service_and_is_mounted() {
+    require!(needs());
+    let manifests = template(&[
+        "--set",
+        "tls.certManager.enabled=true,tls.certManager.issuerRef.name=ci,tls.certManager.dnsNames={dind.example.com}",
+    ]);
+    let objects = crate::helm::documents(&manifests.unwrap()).unwrap();
+    let certificate = object(&objects, "Certificate", "proxy");
+    let names: Vec<&str> = certificate["spec"]["dnsNames"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|name| name.as_str().unwrap())
+        .collect();
+    let service = object(&objects, "Service", "proxy")["metadata"]["name"].as_str().unwrap();
+    assert!(names.contains(&service) && names.contains(&"dind.example.com"), "{names:?}");
+    assert!(names.iter().any(|name| name.ends_with(".svc.cluster.local")), "{names:?}");
+    let secret = &certificate["spec"]["secretName"];
+    let volumes = pod(&objects, "proxy")["volumes"].as_array().unwrap();
+    assert!(volumes.iter().any(|volume| volume["secret"]["secretName"] == *secret), "{volumes:?}");
+}

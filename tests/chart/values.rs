@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use dindpool::config::{Faults, Raw};
+use dindpool::tls::{Clients, Plain};
 use serde_json::Value;
 
 use crate::common::helm;
@@ -59,6 +60,8 @@ fn the_settings_that_have_no_value_of_their_own_are_those_of_config() {
     let own = |key: &String| {
         let named = [
             "listen",
+            "tls",
+            "identify",
             "admin",
             "admin_token_file",
             "daemons",
@@ -82,10 +85,16 @@ fn dindpool_understands_the_file_that_values_make() {
     for set in sets() {
         let objects = objects(set.as_deref());
         let toml = object(&objects, "ConfigMap", "proxy")["data"]["dindpool.toml"].as_str().unwrap();
-        // Files of tokens are in the pod alone.
+        // Files of tokens and certificates are in the pod alone.
         let there = |line: &&str| !line.starts_with("admin_token_file") && !line.starts_with("prestop");
         let lines: Vec<&str> = toml.lines().filter(there).collect();
-        let raw = Raw::from_toml(&lines.join("\n")).unwrap_or_else(|faults| panic!("{set:?}: {faults}"));
+        let mut raw = Raw::from_toml(&lines.join("\n")).unwrap_or_else(|faults| panic!("{set:?}: {faults}"));
+        let rules = raw.identify.take().unwrap_or_default().len();
+        let tls = raw.tls.take().map(|tls| tls.validate().unwrap().unwrap());
+        let everything = set.as_ref().is_some_and(|path| path.ends_with("everything.yaml"));
+        let known = tls.map(|tls| (tls.clients, tls.plain));
+        let expected = everything.then_some((Clients::Optional, Plain::Refused));
+        assert_eq!((known, rules), (expected, if everything { 2 } else { 0 }), "{set:?}");
         let settings = raw.validate(true).unwrap_or_else(|faults| panic!("{set:?}: {faults}"));
         let deployment = object(&objects, "Deployment", "dind");
         let name = deployment["metadata"]["name"].as_str().unwrap();
@@ -116,6 +125,9 @@ fn wrong_values_are_refused_by_their_names() {
         ("dind.image.tag=a b", "/dind/image/tag'"),
         ("dind.mtu=9", "/dind/mtu': minimum: got 9, want 576"),
         ("dind.registryMirrors={mirror:5000}", "/dind/registryMirrors/0'"),
+        ("tls.clients=some", "/tls/clients': value must be one of 'required', 'optional', 'off'"),
+        ("tls.plain=refused", "tls: identify and plain=refused need a certificate"),
+        ("tls.certManager.enabled=true", "name the Issuer"),
         ("image.digest=latest", "/image/digest'"),
         ("image.pullPolicy=Sometimes", "'Always', 'IfNotPresent', 'Never'"),
         ("scaler.max=0", "/scaler/max': minimum: got 0, want 1"),

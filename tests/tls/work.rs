@@ -92,7 +92,8 @@ fn environment(lab: &Lab) {
             .env("DOCKER_TLS_VERIFY", "1")
             .env("DOCKER_CERT_PATH", &files)
             .open();
-        assert_eq!(t.ok("docker version --format '{{.Server.Version}}'"), "28.5.2\n");
+        let version = t.ok("docker version --format '{{.Server.Version}}'");
+        assert!(version.starts_with("28.5"), "{version}");
     }
 }
 
@@ -128,7 +129,10 @@ box.remove(force=True)
 "#;
 
 fn docker_py(lab: &Lab) {
+    // requests takes this one's word over that of its caller.
     let t = Session::with("", client::CLI_28)
+        .env("REQUESTS_CA_BUNDLE", "")
+        .env("CURL_CA_BUNDLE", "")
         .env("FILES", &lab.client_files().display().to_string())
         .env("HOST", &lab.pool.host())
         .env("BASE", &lab.registry.busybox())

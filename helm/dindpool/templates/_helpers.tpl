@@ -146,6 +146,11 @@ topologySpreadConstraints:
 {{- if kindIs "float64" . }}{{ int64 . }}{{ else }}{{ toJson . }}{{ end }}
 {{- end }}
 
+{{/* The Secret with the certificate of the pool; empty without TLS. */}}
+{{- define "dindpool.tls" -}}
+{{- if .Values.tls.certManager.enabled }}{{ include "dindpool.fullname" . }}-tls{{ else }}{{ .Values.tls.existingSecret }}{{ end }}
+{{- end }}
+
 {{/* Values that contradict each other, which a schema cannot tell in words. */}}
 {{- define "dindpool.check" -}}
 {{- if and .Values.scaler.enabled (not (kindIs "invalid" .Values.dind.replicas)) }}
@@ -156,6 +161,15 @@ topologySpreadConstraints:
 {{- end }}
 {{- if and .Values.monitoring.serviceMonitor.enabled .Values.monitoring.podMonitor.enabled }}
 {{- fail "monitoring: with both serviceMonitor and podMonitor everything would be scraped twice" }}
+{{- end }}
+{{- if and .Values.tls.certManager.enabled .Values.tls.existingSecret }}
+{{- fail "tls: either existingSecret or certManager.enabled" }}
+{{- end }}
+{{- if and .Values.tls.certManager.enabled (not .Values.tls.certManager.issuerRef.name) }}
+{{- fail "tls.certManager.issuerRef.name: name the Issuer that is to make the certificate" }}
+{{- end }}
+{{- if and (not (include "dindpool.tls" .)) (or .Values.tls.identify (eq .Values.tls.plain "refused")) }}
+{{- fail "tls: identify and plain=refused need a certificate: say tls.existingSecret or tls.certManager" }}
 {{- end }}
 {{- $ports := list (int .Values.service.port) }}
 {{- range .Values.proxy.extraListeners }}
