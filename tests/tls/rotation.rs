@@ -31,7 +31,7 @@ pub fn row_41_certificates_replaced_under_load(lab: &Lab) {
     let replaced = || lab.pool.metric("dindpool_certificate_reloads_total{result=\"replaced\"}");
     let expiry = || {
         let series = format!(
-            "dindpool_certificate_expiry_timestamp_seconds{{file=\"{}\"}}",
+            "dindpool_certificate_expiry_timestamp_seconds{{certificate=\"{}\"}}",
             lab.certs().join("server/cert.pem").display()
         );
         lab.pool.metric(&series)
