@@ -1,5 +1,5 @@
 //! What a scrape costs: 1,000 daemons, 10,000 sessions of 60 tenants, 200 that wait. The snapshot is taken under the
-//! pool's one lock, so that requests wait for it: it is to take 2 ms at most, and the whole text 20 ms and a megabyte.
+//! pool's one lock, so that requests wait for it: it is to take 5 ms at most, and the whole text 20 ms and a megabyte.
 
 use std::hint::black_box;
 
