@@ -77,7 +77,7 @@ fn row_08_a_lost_node_and_row_10_a_half_open_client_are_found_within_30_s_and_a_
             let streams = || front.metric("dindpool_streams{kind=\"exchange\"}");
             let lost = "dindpool_peers_lost_total{side=\"client\"}";
             let found =
-                wait_until("the client that is sent to is found", secs(30), || front.metric(lost) == 1.0);
+                wait_until("the client that is sent to is found", secs(30), || front.metric(lost) >= 1.0);
             say(format!("          a vanished client that is sent to: found after {found:?}"));
             // What is left: nobody but the one that does not read.
             wait_until("the silent client is found", secs(40), || streams() == 1.0);
@@ -89,7 +89,8 @@ fn row_08_a_lost_node_and_row_10_a_half_open_client_are_found_within_30_s_and_a_
     });
     say(format!("          a vanished client that was silent: found after {others:?}"));
     assert!(others < secs(34), "{others:?}");
-    assert_eq!(front.metric("dindpool_peers_lost_total{side=\"daemon\"}"), 1.0);
+    // Each of the two streams may be found by its own silence.
+    assert!(front.metric("dindpool_peers_lost_total{side=\"daemon\"}") >= 1.0);
     assert!(front.log().contains("peer lost: it acknowledges nothing"));
     // Half a minute with a closed window later, everything is there.
     assert!(start.elapsed() > secs(25));

@@ -572,7 +572,7 @@ impl Ledger {
         let crowded = |tenant: &str| unbound.get(tenant).is_some_and(|n| *n > WINDOW);
         let beside: Vec<RequestId> = free.iter().filter(|_| room).map(|(request, _)| *request).collect();
         for (request, asked) in free.iter().filter(|_| room) {
-            assert!(crowded(asked.tenant), "a slot is free, and {asked:?} waits");
+            assert!(crowded(asked.tenant), "a slot is free at one of {rooms:?}, and {asked:?} waits");
             let since = self.beside.get(request).copied().unwrap_or(now);
             assert!(now - since <= MOST_WARM, "{asked:?} waits beside free slots since {since:?}");
         }

@@ -169,7 +169,10 @@ impl Shadow {
                     self.members.remove(&daemon);
                 }
                 for o in observed {
-                    self.members.entry(o.id.clone()).or_default().draining = o.draining;
+                    let member = self.members.entry(o.id.clone()).or_default();
+                    // One that goes on, and has never answered, only starts: its first answer is enough.
+                    member.ejected &= member.ready || o.draining;
+                    member.draining = o.draining;
                 }
             }
             Event::Probed { daemon, probe } => {
