@@ -1,12 +1,13 @@
 //! Chromium without a window, by the WebDriver protocol (W3C): JSON over HTTP, so it needs no library.
 
+use std::io;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::http::{self, Addr};
+use super::http::{Addr, Conn};
 use super::{parts, poll, secs, short_dir, wait_until};
 
 /// The key under which the protocol names an element.
@@ -47,9 +48,7 @@ impl Browser {
             .spawn()
             .map_err(|e| format!("chromedriver: {e}"))?;
         let mut browser = Browser { driver, addr, session: String::new(), _dir: dir };
-        wait_until("chromedriver answers", secs(30), || {
-            http::try_request(&browser.addr, "GET", "/status", None).is_ok()
-        });
+        wait_until("chromedriver answers", secs(30), || call(&browser.addr, "GET", "/status", None).is_ok());
         let profile = browser._dir.path().join("profile");
         let dark = format!("--blink-settings=preferredColorScheme={}", i32::from(scheme == Scheme::Light));
         let args = json!([
@@ -65,14 +64,14 @@ impl Browser {
         let wanted = json!({ "capabilities": { "alwaysMatch": {
             "browserName": "chrome", "goog:chromeOptions": { "args": args }, "goog:loggingPrefs": { "browser": "ALL" },
         } } });
-        let made = http::request(&browser.addr, "POST", "/session", Some(&wanted)).json();
+        let made = call(&browser.addr, "POST", "/session", Some(&wanted)).map_err(|e| e.to_string())?;
         browser.session = made["value"]["sessionId"].as_str().ok_or(made.to_string())?.to_owned();
         Ok(browser)
     }
 
     fn command(&self, method: &str, path: &str, body: Option<&Value>) -> Value {
-        let answer =
-            http::request(&self.addr, method, &format!("/session/{}{path}", self.session), body).json();
+        let path = format!("/session/{}{path}", self.session);
+        let answer = call(&self.addr, method, &path, body).expect("chromedriver answers");
         let value = answer["value"].clone();
         assert!(value["error"].is_null(), "{method} {path}: {value}");
         value
@@ -152,11 +151,25 @@ impl Browser {
 impl Drop for Browser {
     fn drop(&mut self) {
         if !self.session.is_empty() {
-            let _ = http::try_request(&self.addr, "DELETE", &format!("/session/{}", self.session), None);
+            let _ = call(&self.addr, "DELETE", &format!("/session/{}", self.session), None);
         }
         let _ = self.driver.kill();
         let _ = self.driver.wait();
     }
+}
+
+/// chromedriver answers only whoever calls it localhost.
+fn call(addr: &Addr, method: &str, path: &str, body: Option<&Value>) -> io::Result<Value> {
+    let body = body.map(Value::to_string).unwrap_or_default();
+    let mut conn = Conn::try_connect(addr)?;
+    conn.patience(secs(60));
+    conn.try_send(format!(
+        "{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    ))?;
+    let head = conn.try_head()?;
+    let answer = conn.try_body(method, &head)?;
+    serde_json::from_slice(&answer).map_err(io::Error::other)
 }
 
 fn base64(text: &str) -> Vec<u8> {
