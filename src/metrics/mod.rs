@@ -94,8 +94,6 @@ pub struct Metrics {
     pub reload_time: IntGauge,
     /// Drains that ended, by how (`idle`, `cut`, `uncordoned`).
     pub drains: IntCounterVec,
-    /// What was recorded of the pool, by kind.
-    pub events: IntCounterVec,
     /// Notes for others to read, by kind (`mark`, `event`) and outcome (`done`, `failed`, `forbidden`).
     pub notes: IntCounterVec,
     /// Answers to preStop hooks, by outcome (`drained`, `busy`, `unknown`, `refused`).
@@ -240,7 +238,6 @@ impl Metrics {
             reloaded: make.gauge(&names::CONFIG_RELOADED)?,
             reload_time: make.gauge(&names::CONFIG_READ)?,
             drains: make.counters(&names::DRAINS)?,
-            events: make.counters(&names::EVENTS)?,
             notes: make.counters(&names::NOTES)?,
             prestops: make.counters(&names::PRESTOPS)?,
             retries: make.counter(&names::RETRIES)?,

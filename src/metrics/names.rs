@@ -143,33 +143,6 @@ const STREAM: Label = words(
 const DIRECTION: Label = words("direction", &["up", "down"], "to daemons; to clients");
 const RELOAD: Label = words("result", &["ok", "refused"], "of a reload");
 const DRAIN: Label = words("result", &["idle", "cut", "uncordoned"], "of a drain");
-const HAPPENED: Label = words(
-    "kind",
-    &[
-        "ready",
-        "starting",
-        "ejected",
-        "leaving",
-        "gone",
-        "emptied",
-        "misfit",
-        "cordoned",
-        "uncordoned",
-        "draining",
-        "drained",
-        "scaled",
-        "problem",
-        "bound",
-        "lost",
-        "ended",
-        "overdue",
-        "waits",
-        "refused",
-        "built",
-        "admits",
-    ],
-    "of what `dindpool events` shows",
-);
 const NOTE: Label = words("kind", &["mark", "event"], "of a note: an annotation, an Event");
 const NOTED: Label = words("outcome", &["done", "failed", "forbidden"], "of a note");
 const HANDSHAKE: Label = words("result", &["done", "failed"], "of a TLS handshake");
@@ -289,7 +262,6 @@ metrics! {
     EJECTIONS: Counter, "dindpool_ejections_total", [CAUSE], "Times that a daemon was ejected, by why.";
     ERRORS: Counter, "dindpool_errors_total", [FAULT],
         "Errors that the proxy itself answered, by whose fault they were.";
-    EVENTS: Counter, "dindpool_events_total", [HAPPENED], "What happened in the pool, by kind.";
     IMAGE_REFERENCES: Gauge, "dindpool_image_references", [], "Image references that the pool knows.";
     LEASE_CHANGES: Counter, "dindpool_lease_changes_total", [CHANGE],
         "How often this proxy has begun or ended to admit.";
