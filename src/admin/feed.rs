@@ -3,7 +3,7 @@
 //! places of their own, and one that does not read is dropped: nobody keeps probes or the operator out.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use bytes::Bytes;
 use serde::Serialize;
@@ -16,6 +16,7 @@ use crate::pool::Pool;
 use crate::pool::advice::{Advice, advice};
 use crate::pool::journal::Entry;
 use crate::pool::status::Status;
+use crate::telemetry;
 
 /// How many watch at the same time. Their descriptors are counted in `proxy/limits.rs`.
 pub const WATCHERS: usize = 32;
@@ -195,7 +196,6 @@ fn snapshot(pool: &Pool) -> Bytes {
 
 /// What fits the page of all this, what needs attention first.
 fn view(mut status: Status, mut events: Vec<Entry>) -> View {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let advice = advice(&status);
     let totals = Totals {
         daemons: status.daemons.len(),
@@ -211,7 +211,7 @@ fn view(mut status: Status, mut events: Vec<Entry>) -> View {
     status.sessions.truncate(SESSIONS);
     status.queue.tickets.truncate(TICKETS);
     events.drain(..events.len().saturating_sub(ENTRIES));
-    View { now: u64::try_from(since.as_millis()).unwrap_or(u64::MAX), advice, status, totals, events }
+    View { now: telemetry::date(), advice, status, totals, events }
 }
 
 #[cfg(test)]

@@ -2,13 +2,13 @@
 //! in memory only, and in two rings: a night of builds does not push out the one daemon that was ejected.
 
 use std::collections::VecDeque;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use super::{Pool, lock};
 use crate::engine::model::{DaemonId, Outcome, Refusal, SessionKey, Tenant};
+use crate::telemetry;
 
 /// How many are kept of what somebody should look at, and as many of all the rest.
 const KEPT: usize = 256;
@@ -126,13 +126,12 @@ pub struct Entry {
 impl Entry {
     /// Something that happened now.
     pub(super) fn new(kind: Happened, message: impl Into<String>) -> Self {
-        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let message: String = message.into();
         let message = match message.char_indices().nth(LONGEST) {
             Some((end, _)) => format!("{}…", &message[..end]),
             None => message,
         };
-        let at = u64::try_from(since.as_millis()).unwrap_or(u64::MAX);
+        let at = telemetry::date();
         Entry { number: 0, at, kind, daemon: None, session: None, tenant: None, message, times: 1 }
     }
 
@@ -218,9 +217,12 @@ impl Pool {
 /// A refusal as an entry, if it is of interest: that a name means nothing to a session is not.
 pub(super) fn refusal(refusal: &Refusal) -> Option<Entry> {
     match refusal {
-        Refusal::NoDaemon(m) | Refusal::ApiVersion(m) | Refusal::SessionLost(m) | Refusal::QueueFull(m) => {
-            Some(Entry::new(Happened::Refused, m.as_str()))
-        }
+        Refusal::NoDaemon(message)
+        | Refusal::ApiVersion(message)
+        | Refusal::SessionLost(message)
+        | Refusal::QueueFull(message)
+        | Refusal::TenantFull(message)
+        | Refusal::LongestWait(message) => Some(Entry::new(Happened::Refused, message.as_str())),
         Refusal::Ambiguous(_) | Refusal::NotFound(_) => None,
     }
 }
