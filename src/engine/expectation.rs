@@ -21,13 +21,30 @@ impl Holds {
     }
 }
 
+/// What those who wait can expect.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Expectation {
+    /// In seconds: for how long a slot is held, over the slots that there are.
+    each: f64,
+}
+
+impl Expectation {
+    /// How long a ticket at this position (from 1) can expect to wait.
+    pub fn wait(&self, position: usize) -> Time {
+        Time::try_from_secs_f64(self.each * position as f64).unwrap_or(Time::MAX)
+    }
+}
+
 impl Engine {
-    /// How long a ticket at this position (from 1) can expect to wait; `None` until a slot has been given back once, or
-    /// where no daemon takes sessions.
-    pub fn expected_wait(&self, position: usize) -> Option<Time> {
-        let mean = self.holds.mean?;
+    /// What those who wait can expect now; `None` until a slot has been given back once, or where no daemon takes
+    /// sessions. Slots that are held for longer than others were lately will not come free sooner than that.
+    pub fn expectation(&self, now: Time) -> Option<Expectation> {
+        let ended = self.holds.mean?;
         let slots: u32 = self.daemons.values().filter(|d| d.takes_sessions()).map(|d| d.capacity()).sum();
-        (slots > 0).then(|| Time::from_secs_f64(mean * position as f64 / f64::from(slots)))
+        let held = self.sessions.values().filter(|s| s.slots > 0).map(|s| now.saturating_sub(s.held));
+        let (n, sum) = held.fold((0_u32, 0.0), |(n, sum), age| (n + 1, sum + age.as_secs_f64()));
+        let so_far = if n > 0 { sum / f64::from(n) } else { 0.0 };
+        (slots > 0).then(|| Expectation { each: ended.max(so_far) / f64::from(slots) })
     }
 }
 
@@ -44,5 +61,11 @@ mod tests {
             holds.ended(Time::from_secs(100));
         }
         assert!(holds.mean.is_some_and(|mean| (99.0..100.0).contains(&mean)), "{holds:?}");
+    }
+
+    #[test]
+    fn the_second_waits_twice_as_long_as_the_first() {
+        let expectation = Expectation { each: 30.0 };
+        assert_eq!([1, 2].map(|n| expectation.wait(n).as_secs()), [30, 60]);
     }
 }

@@ -39,6 +39,7 @@ use serde::{Deserialize, Serialize};
 
 pub use cordon::{Cordon, Drain};
 pub use daemon::Daemon;
+pub use expectation::Expectation;
 use images::Images;
 use model::*;
 use objects::Objects;

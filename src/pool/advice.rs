@@ -69,13 +69,11 @@ pub fn advice(pool: &Status) -> Vec<Advice> {
     }
     let overdue: Vec<&str> = pool.sessions.iter().filter(|s| s.overdue).map(|s| s.key.as_str()).collect();
     if let Some(first) = overdue.first() {
+        let more = overdue.len() - 1;
+        let others = if more > 0 { format!(" and {more} more") } else { String::new() };
         advice.push(Advice::new(
             Grade::Note,
-            format!(
-                "{} hold slots with containers that nobody attends: {first}{}",
-                count(overdue.len(), "session"),
-                more(overdue.len())
-            ),
+            format!("Nobody attends the containers of {first}{others}; they hold their slots."),
             "Stop the containers, or set overdue_containers = \"stop\".",
         ));
     }
@@ -135,7 +133,8 @@ fn daemons(pool: &Status, advice: &mut Vec<Advice>) {
         } else if d.health == Health::Ejected {
             let held = match d.sessions {
                 0 => String::new(),
-                n => format!(" {} are bound to it, and wait or fail until it is back.", count(n, "session")),
+                1 => " 1 session is bound to it, and waits or fails until it is back.".to_string(),
+                n => format!(" {n} sessions are bound to it, and wait or fail until it is back."),
             };
             Some(Advice::new(
                 Grade::Bad,
@@ -254,14 +253,6 @@ fn crowd(pool: &Status, advice: &mut Vec<Advice>) {
             "Tenants take turns, so the others pass; tenant_slots and tenant_waiting limit it.",
         ));
     }
-}
-
-fn count(n: usize, what: &str) -> String {
-    if n == 1 { format!("1 {what}") } else { format!("{n} {what}s") }
-}
-
-fn more(n: usize) -> String {
-    if n > 1 { format!(" and {} more", n - 1) } else { String::new() }
 }
 
 /// With a capital letter and a full stop.

@@ -193,6 +193,7 @@ pub struct TicketStatus {
 
 /// All that waits, the next in front.
 pub(super) fn tickets(engine: &Engine, now: Time) -> Vec<TicketStatus> {
+    let expectation = engine.expectation(now);
     let tickets = engine.tickets().into_iter().enumerate();
     let told = tickets.map(|(i, ticket)| TicketStatus {
         position: i + 1,
@@ -200,7 +201,7 @@ pub(super) fn tickets(engine: &Engine, now: Time) -> Vec<TicketStatus> {
         tenant: ticket.tenant.to_string(),
         waited: now.saturating_sub(ticket.since).as_secs_f64(),
         awaits: ticket.awaited.to_string(),
-        expected: engine.expected_wait(i + 1).map(|wait| wait.as_secs_f64()),
+        expected: expectation.map(|e| e.wait(i + 1).as_secs_f64()),
     });
     told.collect()
 }

@@ -223,8 +223,8 @@ setInterval(() => {
 
 // ---- The operator. The token goes into a header that no other site can send, and is kept nowhere else.
 
-async function call(method, path) {
-  const headers = token ? { Authorization: `Bearer ${token}` } : {};
+async function call(method, path, by = token) {
+  const headers = by ? { Authorization: `Bearer ${by}` } : {};
   const answer = await fetch(path, { method, headers, credentials: "omit", redirect: "error" });
   if (answer.ok) return answer;
   let said = "";
@@ -247,10 +247,11 @@ $("operator").addEventListener("click", () => {
 
 $("sign").addEventListener("submit", async (submit) => {
   submit.preventDefault();
-  token = $("token").value.trim();
+  const given = $("token").value.trim();
   try {
-    if (!/^[\x21-\x7e]+$/.test(token)) throw new Error("a token has visible ASCII characters only");
-    await call("GET", "operator");
+    if (!/^[\x21-\x7e]+$/.test(given)) throw new Error("a token has visible ASCII characters only");
+    await call("GET", "operator", given);
+    token = given;
     $("token").value = "";
     $("sign").hidden = true;
     $("operator").setAttribute("aria-expanded", "false");
@@ -258,7 +259,6 @@ $("sign").addEventListener("submit", async (submit) => {
     $("operator").focus();
     if (pool) render(pool);
   } catch (error) {
-    token = "";
     $("signed").textContent = error.message;
   }
 });
