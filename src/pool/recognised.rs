@@ -24,6 +24,9 @@ pub fn recognised(key: &SessionKey, tenant: &Tenant) -> String {
             format!("by the user that its client runs as, {value}: the process itself could not be looked at")
         }
         "ip" => format!("by the address that it comes from, {value}: it said nothing else"),
+        "tls" => format!(
+            "by a rule of `identify`: its client's certificate or the host that it asked for gives {value}"
+        ),
         kind => format!("by its {kind}: {value}"),
     }
 }
@@ -41,6 +44,6 @@ mod tests {
         // A tenant is told from a name that holds a slash.
         assert!(words("name:team-a/x", "default").contains("its name, team-a/x"));
         assert!(words("posix:8@9", "default").contains("POSIX session 8@9"));
-        assert!(words("cert:ci", "default").contains("by its cert: ci"));
+        assert!(words("tls:ci", "default").contains("certificate"));
     }
 }
