@@ -54,6 +54,13 @@ pub fn set_level(level: &str) {
     }
 }
 
+/// The date, in milliseconds since 1970: to be shown, and for nothing else.
+#[allow(clippy::disallowed_methods)] // This is the place for it.
+pub fn date() -> u64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
 /// Writes what is waiting. To be called at the end of the process.
 pub fn flush() {
     let _out = lock(&OUT);

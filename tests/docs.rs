@@ -10,7 +10,8 @@ use dindpool::cli::Cli;
 use dindpool::config::{Faults, Raw, duration};
 
 /// Those with flags.
-const COMMANDS: [&str; 7] = ["serve", "up", "status", "cordon", "uncordon", "drain", "certs"];
+const COMMANDS: [&str; 9] =
+    ["serve", "up", "status", "events", "why", "certs", "cordon", "uncordon", "drain"];
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))

@@ -1,7 +1,19 @@
-//! The admin listeners. Everybody may look: `/metrics`, `/livez`, `/readyz`, `/status`. Changing takes the token,
-//! or the admin's Unix socket:
+//! The admin listeners. Everybody may look:
 //!
 //! ```text
+//! GET  /                           the status page
+//! GET  /metrics /livez /readyz
+//! GET  /status                     the pool now
+//! GET  /sessions                   its sessions
+//! GET  /sessions/KEY               why one is where it is; a part of its key will do
+//! GET  /events?after=N&follow=1    what happened, as JSON lines; follow: and what happens from now on
+//! GET  /live                       the page's own: the pool, again and again, as server-sent events
+//! ```
+//!
+//! Changing takes the token, or the admin's Unix socket:
+//!
+//! ```text
+//! GET  /operator                          whether that is given
 //! POST /daemons/ID/cordon
 //! POST /daemons/ID/uncordon
 //! POST /daemons/ID/drain?deadline=10m     progress as JSON lines; goes on when its client leaves
@@ -10,12 +22,13 @@
 //!
 //! Where there are several proxies, only the one that admits knows of daemons' work, and changes them; `/peer` and `/handover` are for the others, with the token that is in the Lease.
 
+pub mod feed;
+mod page;
 pub mod prestop;
 pub mod token;
 
 use std::convert::Infallible;
 use std::pin::{Pin, pin};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
@@ -23,13 +36,16 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use http_body_util::{Either, Full};
 use hyper::body::{Body, Frame};
-use hyper::header::{AUTHORIZATION, CONNECTION, CONTENT_TYPE, HeaderValue, RETRY_AFTER, UPGRADE};
+use hyper::header::{
+    AUTHORIZATION, CACHE_CONTROL, CONNECTION, CONTENT_TYPE, HeaderValue, RETRY_AFTER, UPGRADE,
+    X_CONTENT_TYPE_OPTIONS,
+};
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use percent_encoding::percent_decode_str;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
-use tokio::time::timeout;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
 
 use crate::config::{MAX_DURATION, duration};
 use crate::drain::Drain;
@@ -41,6 +57,7 @@ use crate::provision::Stream;
 use crate::proxy::Origin;
 use crate::proxy::classify::parameter;
 use crate::proxy::listener::Bound;
+use feed::{Feed, Followed};
 use token::Token;
 
 /// How many connections the Unix listeners take at the same time, and as many those for TCP: nobody from outside
@@ -87,13 +104,20 @@ pub struct Admin {
     remote: Arc<Semaphore>,
     /// For those that follow a drain.
     followed: Arc<Semaphore>,
+    /// For those who watch.
+    feed: Feed,
     /// Wrong tokens since the last log line about them, and when that was.
     wrong: Mutex<(u64, Option<Instant>)>,
 }
 
 /// Marks an answer that lasts as long as what it tells of.
-#[derive(Debug, Clone, Copy)]
-struct Lasting;
+#[derive(Debug, Clone)]
+struct Lasting {
+    /// Whether it has a place of its own, so that its connection needs none.
+    placed: bool,
+    /// Cancelled when it has told all.
+    over: CancellationToken,
+}
 
 /// Serves an admin listener until it is dropped.
 pub async fn run(bound: Bound, admin: Arc<Admin>) {
@@ -118,14 +142,18 @@ pub async fn run(bound: Bound, admin: Arc<Admin>) {
 
 /// One connection, of one request: who keeps one open between two would take the place of others.
 async fn visit(admin: Arc<Admin>, stream: Stream, trusted: bool, place: OwnedSemaphorePermit) {
-    let lasting = Arc::new(AtomicBool::new(false));
-    let lasts = lasting.clone();
+    let (lasts, mut lasting) = oneshot::channel::<Lasting>();
+    let lasts = Mutex::new(Some(lasts));
     let service = service_fn(move |mut request| {
         let response = match request.uri().path() {
             "/peer" | "/handover" => admin.peer(&mut request),
             _ => admin.answer(&request, trusted),
         };
-        lasts.store(response.extensions().get::<Lasting>().is_some(), Ordering::Relaxed);
+        if let Some(answer) = response.extensions().get::<Lasting>()
+            && let Some(lasts) = lasts.lock().unwrap_or_else(PoisonError::into_inner).take()
+        {
+            let _ = lasts.send(answer.clone());
+        }
         async move { Ok::<_, Infallible>(response) }
     });
     let serve = hyper::server::conn::http1::Builder::new()
@@ -136,8 +164,17 @@ async fn visit(admin: Arc<Admin>, stream: Stream, trusted: bool, place: OwnedSem
         .with_upgrades();
     let mut serve = pin!(serve);
     // A client that breaks off its own request is no fault of ours.
-    if timeout(PATIENCE, serve.as_mut()).await.is_err() && lasting.load(Ordering::Relaxed) {
-        let _ = serve.await;
+    let ends = tokio::time::sleep(PATIENCE);
+    let lasting = tokio::select! {
+        _ = serve.as_mut() => return,
+        () = ends => return,
+        Ok(lasting) = &mut lasting => lasting,
+    };
+    let place = Some(place).filter(|_| !lasting.placed);
+    tokio::select! {
+        _ = serve.as_mut() => {}
+        // What is left of it is read now, or never.
+        () = async { lasting.over.cancelled().await; tokio::time::sleep(PATIENCE).await } => {}
     }
     drop(place);
 }
@@ -155,6 +192,7 @@ impl Admin {
     /// The admin side of a pool, and of the proxy whose end `drain` tells.
     pub fn new(pool: Arc<Pool>, drain: Drain, token: Option<Token>) -> Self {
         let room = |size| Arc::new(Semaphore::new(size));
+        let feed = Feed::new(pool.clone());
         Admin {
             pool,
             drain,
@@ -163,6 +201,7 @@ impl Admin {
             local: room(CONNECTIONS),
             remote: room(CONNECTIONS),
             followed: room(FOLLOWED),
+            feed,
             wrong: Mutex::default(),
         }
     }
@@ -178,6 +217,10 @@ impl Admin {
             return answer;
         }
         match *request.method() {
+            Method::GET if request.uri().path() == "/operator" => match self.why_not(request, trusted) {
+                None => reply(StatusCode::OK, JSON, "{}\n"),
+                Some((status, why)) => message(status, why),
+            },
             Method::GET | Method::HEAD => self.show(request),
             Method::POST => match self.why_not(request, trusted) {
                 None => self.change(request),
@@ -238,13 +281,58 @@ impl Admin {
                 Ok(json) => reply(StatusCode::OK, JSON, json),
                 Err(error) => reply(StatusCode::INTERNAL_SERVER_ERROR, TEXT, error.to_string()),
             },
+            "/sessions" => reply(StatusCode::OK, JSON, line(&self.pool.status().sessions)),
+            "/events" => self.events(request),
+            "/live" => match self.feed.watch() {
+                Some(followed) => lasting(followed, "text/event-stream"),
+                None => crowded(),
+            },
+            path if let Some(asset) = page::asset(path) => asset,
+            path if let Some(part) = path.strip_prefix("/sessions/") => self.why(part),
             path => match target(path) {
                 Some((daemon, "drain")) => match self.pool.drain_progress(&daemon) {
                     Progress::Gone => unknown(&self.pool.names()),
                     progress => reply(StatusCode::OK, JSON_LINES, line(&progress)),
                 },
-                _ => reply(StatusCode::NOT_FOUND, TEXT, "dindpool: /metrics /livez /readyz /status\n"),
+                _ => {
+                    let there = "dindpool: / /metrics /livez /readyz /status /sessions /events\n";
+                    reply(StatusCode::NOT_FOUND, TEXT, there)
+                }
             },
+        }
+    }
+
+    /// What happened, and with `follow=1` what happens from now on.
+    fn events<B>(&self, request: &Request<B>) -> Answer {
+        let given = |name| request.uri().query().and_then(|query| parameter(query, name));
+        let after = match given("after").map(|n| n.parse()) {
+            None => 0,
+            Some(Ok(after)) => after,
+            Some(Err(_)) => return message(StatusCode::BAD_REQUEST, "after: the number of an event"),
+        };
+        if *request.method() == Method::GET && given("follow").is_some_and(|follow| follow != "0") {
+            return self.feed.events(after).map_or_else(crowded, |followed| lasting(followed, JSON_LINES));
+        }
+        let lines: String = self.pool.entries(after).iter().map(line).collect();
+        reply(StatusCode::OK, JSON_LINES, lines)
+    }
+
+    /// Why a session is where it is. A key with a slash in it is percent-encoded or not: nothing follows it.
+    fn why(&self, part: &str) -> Answer {
+        let Ok(part) = percent_decode_str(part).decode_utf8() else {
+            return message(StatusCode::BAD_REQUEST, "the session's key is no text");
+        };
+        match self.pool.why(&part) {
+            Ok(why) => reply(StatusCode::OK, JSON, line(&why)),
+            Err(none) if none.is_empty() => {
+                let why = "no session of this key is bound, remembered or waits; GET /sessions lists those that are \
+                           bound";
+                message(StatusCode::NOT_FOUND, why)
+            }
+            Err(several) => {
+                let why = format!("several sessions have that in their key: {}", several.join(", "));
+                message(StatusCode::CONFLICT, &why)
+            }
         }
     }
 
@@ -328,8 +416,10 @@ fn target(path: &str) -> Option<(DaemonId, &str)> {
 /// Tells how a drain goes, to its end or until the client leaves; the drain itself goes on.
 fn follow(pool: Arc<Pool>, daemon: DaemonId, place: OwnedSemaphorePermit) -> Answer {
     let (lines, body) = mpsc::channel(1);
+    let over = CancellationToken::new();
+    let end = over.clone().drop_guard();
     tokio::spawn(async move {
-        let _place = place;
+        let _kept = (place, end);
         let mut told = None;
         loop {
             let progress = tokio::select! {
@@ -342,10 +432,28 @@ fn follow(pool: Arc<Pool>, daemon: DaemonId, place: OwnedSemaphorePermit) -> Ans
             told = Some(progress);
         }
     });
-    let mut response = Response::new(Either::Right(Lines(body)));
-    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(JSON_LINES));
-    response.extensions_mut().insert(Lasting);
+    lines_of(body, JSON_LINES, Lasting { placed: false, over })
+}
+
+/// An answer that goes on for as long as somebody reads it.
+fn lasting(followed: Followed, content_type: &'static str) -> Answer {
+    let Followed { lines, over } = followed;
+    lines_of(lines, content_type, Lasting { placed: true, over })
+}
+
+fn lines_of(lines: mpsc::Receiver<Bytes>, content_type: &'static str, lasting: Lasting) -> Answer {
+    let mut response = Response::new(Either::Right(Lines(lines)));
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    response.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    response.extensions_mut().insert(lasting);
     response
+}
+
+fn crowded() -> Answer {
+    let mut answer =
+        message(StatusCode::SERVICE_UNAVAILABLE, "too many watch already; GET /status tells the same");
+    answer.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("5"));
+    answer
 }
 
 /// A body of lines that come when there is something to tell.
@@ -375,6 +483,8 @@ fn reply(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>)
     let mut response = Response::new(Either::Left(Full::new(body.into())));
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    // No browser is to take JSON for a page.
+    response.headers_mut().insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     response
 }
 
@@ -383,6 +493,7 @@ mod tests {
     use http_body_util::BodyExt;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::{TcpStream, UnixStream};
+    use tokio::time::timeout;
 
     use super::*;
     use crate::metrics::Metrics;

@@ -102,6 +102,73 @@ impl Where {
     }
 }
 
+impl Where {
+    /// A page that goes on: its body is still to be read, line by line.
+    ///
+    /// # Errors
+    /// When nothing answers there, and what the pool says against it.
+    pub async fn follow(&self, path: &str) -> anyhow::Result<Lines> {
+        let response = self.accepted(Method::GET, path, None).await?;
+        Ok(Lines { body: response.into_body(), read: Vec::new() })
+    }
+
+    /// The text of a page, or what the pool says instead of it.
+    ///
+    /// # Errors
+    /// When nothing answers there, and what the pool says.
+    pub async fn ask(&self, path: &str) -> anyhow::Result<String> {
+        let response = self.accepted(Method::GET, path, None).await?;
+        Ok(String::from_utf8(response.into_body().collect().await?.to_bytes().to_vec())?)
+    }
+
+    async fn accepted(
+        &self,
+        method: Method,
+        path: &str,
+        token: Option<&Token>,
+    ) -> anyhow::Result<Response<Incoming>> {
+        let response = self.send(method, path, token).await?;
+        let status = response.status();
+        if status.is_success() {
+            return Ok(response);
+        }
+        let body = response.into_body().collect().await?.to_bytes();
+        let said: serde_json::Value = serde_json::from_slice(&body).unwrap_or_default();
+        match said["message"].as_str() {
+            Some(message) => anyhow::bail!("{message}"),
+            None => anyhow::bail!("{} answered {status}", self.admin),
+        }
+    }
+}
+
+/// A body of lines.
+pub struct Lines {
+    body: Incoming,
+    read: Vec<u8>,
+}
+
+impl Lines {
+    /// The next line; `None` at the end.
+    ///
+    /// # Errors
+    /// When the pool has gone.
+    pub async fn next(&mut self) -> anyhow::Result<Option<Vec<u8>>> {
+        loop {
+            if let Some(end) = self.read.iter().position(|b| *b == b'\n') {
+                let line: Vec<u8> = self.read.drain(..=end).collect();
+                return Ok(Some(line[..end].to_vec()));
+            }
+            match self.body.frame().await {
+                None => return Ok(None),
+                Some(frame) => {
+                    let frame = frame.context("the pool has gone")?;
+                    self.read.extend_from_slice(frame.data_ref().map_or(&[][..], |data| data));
+                }
+            }
+        }
+    }
+}
+
 impl Change {
     /// Asks for a change; the answer's body is still to be read.
     ///
@@ -114,17 +181,7 @@ impl Change {
             None if self.at.is_local() => Token::read(&Path::new(DATA).join(TOKEN_FILE)).ok(),
             None => None,
         };
-        let response = self.at.send(Method::POST, path, token.as_ref()).await?;
-        let status = response.status();
-        if status.is_success() {
-            return Ok(response);
-        }
-        let body = response.into_body().collect().await?.to_bytes();
-        let said: serde_json::Value = serde_json::from_slice(&body).unwrap_or_default();
-        match said["message"].as_str() {
-            Some(message) => anyhow::bail!("{message}"),
-            None => anyhow::bail!("{} answered {status}", self.at.admin),
-        }
+        self.at.accepted(Method::POST, path, token.as_ref()).await
     }
 }
 

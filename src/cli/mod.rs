@@ -3,11 +3,14 @@
 mod admin;
 mod certs;
 mod cordon;
+mod events;
 mod scale;
 mod serve;
 mod simulate;
 mod status;
 mod up;
+mod watch;
+mod why;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -33,6 +36,10 @@ enum Command {
     Up(up::Up),
     /// Show daemons, slots and sessions of a running pool
     Status(status::Status),
+    /// Show what happened in a running pool
+    Events(events::Events),
+    /// Tell why a session is where it is, and what it waits or waited for
+    Why(why::Why),
     /// Let a daemon take no new sessions
     Cordon(cordon::Cordon),
     /// Let a cordoned or drained daemon take sessions again; ends its drain
@@ -192,6 +199,8 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Serve(serve) => runtime()?.block_on(serve.run()),
         Command::Up(up) => runtime()?.block_on(up.run()),
         Command::Status(status) => runtime()?.block_on(status.run()),
+        Command::Events(events) => runtime()?.block_on(events.run()),
+        Command::Why(why) => runtime()?.block_on(why.run()),
         Command::Cordon(cordon) => runtime()?.block_on(cordon.run()),
         Command::Uncordon(uncordon) => runtime()?.block_on(uncordon.run()),
         Command::Drain(drain) => return runtime()?.block_on(drain.run()),

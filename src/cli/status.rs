@@ -1,11 +1,12 @@
-//! `dindpool status`: the pool as a table, or as JSON.
+//! `dindpool status`: the pool as a table, or as JSON; with `--watch` again and again ([`super::watch`]).
 
 use anyhow::Context;
 use clap::Args;
 
 use super::admin::Where;
 use crate::metrics::{health_word, state_word};
-use crate::pool::status::{Role, Status as Pool};
+use crate::pool::advice::span;
+use crate::pool::status::{DaemonStatus, Role, Status as Pool};
 
 #[derive(Debug, Args)]
 pub struct Status {
@@ -14,38 +15,58 @@ pub struct Status {
     /// Print /status as it is
     #[arg(long)]
     json: bool,
+    /// Show it live until Ctrl-C; to a file or a pipe, a line whenever something changes
+    #[arg(long, short, conflicts_with = "json")]
+    watch: bool,
 }
 
 impl Status {
     pub async fn run(self) -> anyhow::Result<()> {
+        if self.watch {
+            return super::watch::run(&self.at).await;
+        }
         let body = self.at.get("/status").await?;
         if self.json {
             println!("{body}");
             return Ok(());
         }
         let pool: Pool = serde_json::from_str(&body).context("what answers there is no dindpool")?;
-        print!("{}", table(&pool));
+        print!("{}", plain(&table(&pool)));
         Ok(())
     }
+}
+
+/// A daemon's state in one word.
+pub(super) fn standing(d: &DaemonStatus) -> &'static str {
+    let (state, health) = (state_word(d.state), health_word(d.health));
+    match d.cordon_word() {
+        _ if state == "ready" && health == "ejected" => health,
+        Some(word) if state == "ready" => word,
+        _ => state,
+    }
+}
+
+/// `2/4`, and what runs there without a session.
+pub(super) fn slots(d: &DaemonStatus) -> String {
+    match d.strangers {
+        0 => format!("{}/{}", d.used, d.slots),
+        n => format!("{}/{} +{n}", d.used, d.slots),
+    }
+}
+
+/// Text that others chose, without what would steer the terminal.
+pub(super) fn plain(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() && c != '\n' { '\u{fffd}' } else { c }).collect()
 }
 
 /// The pool as a person reads it.
 fn table(pool: &Pool) -> String {
     let mut rows = vec![["DAEMON", "STATE", "SLOTS", "SESSIONS", "VERSION", "ADDRESS", ""].map(String::from)];
     for d in &pool.daemons {
-        let health = health_word(d.health);
-        let state = state_word(d.state);
         rows.push([
             d.id.clone(),
-            match d.cordon_word() {
-                _ if state == "ready" && health == "ejected" => health.into(),
-                Some(word) if state == "ready" => word.into(),
-                _ => state.into(),
-            },
-            match d.strangers {
-                0 => format!("{}/{}", d.used, d.slots),
-                n => format!("{}/{} +{n}", d.used, d.slots),
-            },
+            standing(d).into(),
+            slots(d),
             d.sessions.to_string(),
             d.version.clone(),
             d.address.clone(),
@@ -73,9 +94,11 @@ fn table(pool: &Pool) -> String {
         out.push_str(&align(&rows));
     }
     if !pool.queue.tickets.is_empty() {
-        let mut rows = vec![["WAITING", "SESSION", "SINCE", "TENANT"].map(String::from)];
+        let mut rows = vec![["WAITING", "SESSION", "SINCE", "EXPECTED", "TENANT", "FOR"].map(String::from)];
         for t in &pool.queue.tickets {
-            rows.push([t.position.to_string(), t.key.clone(), span(t.waited), t.tenant.clone()]);
+            let expected = t.expected.map_or_else(String::new, |e| format!("~{}", span(e)));
+            let (key, tenant) = (t.key.clone(), t.tenant.clone());
+            rows.push([t.position.to_string(), key, span(t.waited), expected, tenant, t.awaits.clone()]);
         }
         out.push('\n');
         out.push_str(&align(&rows));
@@ -102,7 +125,7 @@ fn table(pool: &Pool) -> String {
     out
 }
 
-fn align<const N: usize>(rows: &[[String; N]]) -> String {
+pub(super) fn align<const N: usize>(rows: &[[String; N]]) -> String {
     let mut widths = [0; N];
     for row in rows {
         for (width, cell) in widths.iter_mut().zip(row) {
@@ -119,24 +142,13 @@ fn align<const N: usize>(rows: &[[String; N]]) -> String {
     out
 }
 
-/// `42s`, `7m`, `3h12m`.
-fn span(seconds: f64) -> String {
-    let seconds = seconds as u64;
-    match seconds {
-        0..=119 => format!("{seconds}s"),
-        120..=7199 => format!("{}m", seconds / 60),
-        _ => format!("{}h{:02}m", seconds / 3600, seconds % 3600 / 60),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn columns_line_up_and_spans_are_short() {
+    fn columns_line_up() {
         let rows = [["a".to_string(), "bb".into()], ["ccc".into(), "d".into()]];
         assert_eq!(align(&rows), "a    bb\nccc  d\n");
-        assert_eq!([span(5.0), span(300.0), span(11_520.0)], ["5s", "5m", "3h12m"]);
     }
 }

@@ -89,7 +89,7 @@ pub(super) fn draw<'a>(
 
 /// Work against capacity, then leases against capacity. a/b < c/d without division, so that equal loads are
 /// exactly equal.
-fn compare(a: &Daemon, b: &Daemon) -> Ordering {
+pub(super) fn compare(a: &Daemon, b: &Daemon) -> Ordering {
     let load = |d: &Daemon, other: &Daemon| {
         let capacity = u64::from(other.capacity().max(1));
         (d.expected_load() * capacity, d.sessions.len() as u64 * capacity)

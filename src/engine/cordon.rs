@@ -160,6 +160,14 @@ impl Engine {
         work.into_iter().map(|(key, of)| Remaining { key: key.cloned(), ..of }).collect()
     }
 
+    /// A container as `docker ps` shows it.
+    pub fn container_name(&self, daemon: &DaemonId, id: &str) -> String {
+        match self.objects.get(daemon, Kind::Container, id) {
+            Some(object) => name_of(id, object),
+            None => id.chars().take(12).collect(),
+        }
+    }
+
     /// Stopped containers and unpushed images: nothing of it is work, and all of it goes with the daemon.
     fn left_on(&self, daemon: &DaemonId) -> Left {
         let mut left = Left::default();

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use super::images::Write;
 use super::model::*;
+use super::reason::{Because, Why};
 use super::session::Owned;
 use super::{Engine, Open, Timer};
 
@@ -203,7 +204,8 @@ impl Engine {
         let Some(session) = self.sessions.get(key) else { return };
         let Some(home) = &session.home else { return };
         let (tenant, daemon) = (session.tenant.clone(), home.daemon.clone());
-        self.bind(key, &tenant, &daemon, now);
+        let why = Why { because: Because::Own, waited: Time::ZERO, awaited: None };
+        self.bind(key, &tenant, &daemon, Some(why), now);
     }
 
     pub(super) fn removed(&mut self, daemon: &DaemonId, kind: Kind, id: &str, now: Time) {

@@ -433,7 +433,8 @@ impl Engine {
             Some(home) if there.contains(&home.daemon) => {
                 let HomeExport { daemon, lease, age, proven } = home.clone();
                 session.owned = self.still_owned(&daemon, export);
-                session.home = Some(Home { daemon: daemon.clone(), lease, since: ago(age), proven });
+                session.home =
+                    Some(Home { daemon: daemon.clone(), lease, since: ago(age), proven, why: None });
                 if lease.is_some() {
                     session.source.clone_from(&export.source);
                     session.groups = export.groups.iter().cloned().collect();
@@ -493,7 +494,7 @@ impl Engine {
         let uuid = export.uuid.clone().filter(|_| !orphan);
         let builds = export.builds && !orphan;
         if leased {
-            self.bind(&key, &tenant, &daemon, now);
+            self.bind(&key, &tenant, &daemon, None, now);
             self.group(&key, export.source.clone());
         }
         let unit = if leased { export.unit } else { Unit::None };

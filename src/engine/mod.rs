@@ -9,6 +9,7 @@ mod cordon;
 mod daemon;
 pub mod departure;
 pub mod election;
+mod expectation;
 mod facts;
 pub mod handover;
 mod health;
@@ -20,6 +21,7 @@ pub mod model;
 mod objects;
 mod placement;
 mod queue;
+pub mod reason;
 #[cfg(test)]
 mod rules;
 pub mod scaling;
@@ -31,15 +33,19 @@ mod versions;
 mod warm;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 pub use cordon::{Cordon, Drain};
 pub use daemon::Daemon;
+pub use expectation::Expectation;
 use images::Images;
 use model::*;
 use objects::Objects;
 use placement::Placement;
+pub use queue::Waiting;
+use reason::{Awaited, Why};
 use session::Owned;
 pub use session::{Home, Session};
 
@@ -197,6 +203,7 @@ pub struct Engine {
     held: session::Held,
     warm: warm::Warm,
     growth: scaling::Growth,
+    holds: expectation::Holds,
     /// An autoscaler tells whether anybody comes.
     scaled: bool,
     range: Option<(ApiVersion, ApiVersion)>,
@@ -224,6 +231,7 @@ impl Engine {
             held: session::Held::default(),
             warm: warm::Warm::default(),
             growth: scaling::Growth::default(),
+            holds: expectation::Holds::default(),
             scaled: false,
             range: None,
             effects: Vec::new(),
@@ -351,25 +359,28 @@ impl Engine {
         if self.must_wait(&acquire, &placement) {
             self.enqueue(acquire, &placement, now);
         } else {
-            self.grant(acquire, placement, now);
+            self.grant(acquire, placement, None, now);
         }
     }
 
-    /// Carries out a placement.
-    fn grant(&mut self, acquire: Acquire, placement: Placement, now: Time) {
+    /// Carries out a placement. `wait` is how long the request waited, and for what.
+    fn grant(&mut self, acquire: Acquire, placement: Placement, wait: Option<(Time, Awaited)>, now: Time) {
         let request = acquire.request;
-        let (daemon, bind, free) = match placement {
-            Placement::Bind(daemon) => (daemon, true, false),
-            Placement::Route(daemon) => (daemon, false, false),
-            Placement::Any(daemon) => (daemon, false, true),
+        let (daemon, because, free) = match placement {
+            Placement::Bind(daemon, because) => (daemon, Some(because), false),
+            Placement::Route(daemon) => (daemon, None, false),
+            Placement::Any(daemon) => (daemon, None, true),
             Placement::Refuse(refusal) => {
                 self.effects.push(Effect::Refused { request, refusal });
                 return;
             }
         };
         let Acquire { key, tenant, source, class, target, requirements, .. } = acquire;
-        if bind {
-            self.bind(&key, &tenant, &daemon, now);
+        let bind = because.is_some();
+        if let Some(because) = because {
+            let (waited, awaited) = wait.unzip();
+            let why = Why { because, waited: waited.unwrap_or_default(), awaited };
+            self.bind(&key, &tenant, &daemon, Some(why), now);
             self.group(&key, source);
         }
         let unit = if bind { Unit::of(class) } else { Unit::None };
@@ -444,7 +455,7 @@ impl Engine {
     }
 
     /// Gives the session a lease on `daemon`, if it has none there.
-    fn bind(&mut self, key: &SessionKey, tenant: &Tenant, daemon: &DaemonId, now: Time) {
+    fn bind(&mut self, key: &SessionKey, tenant: &Tenant, daemon: &DaemonId, why: Option<Why>, now: Time) {
         if !self.sessions.contains_key(key) {
             self.bound_memory();
         }
@@ -471,7 +482,13 @@ impl Engine {
             session.live.insert(id);
         }
         let proven = !session.owned.is_empty();
-        session.home = Some(Home { daemon: daemon.clone(), lease: Some(lease), since: now, proven });
+        session.home = Some(Home {
+            daemon: daemon.clone(),
+            lease: Some(lease),
+            since: now,
+            proven,
+            why: why.map(Arc::new),
+        });
         session.lost = None;
         session.groups.insert(key.clone());
         self.sources.entry(key.clone()).or_default().insert(key.clone());
@@ -496,6 +513,9 @@ impl Engine {
         let Some(lease) = home.lease.take() else { return };
         let (daemon, since) = (home.daemon.clone(), home.since);
         let slots = std::mem::take(&mut session.slots);
+        if slots > 0 {
+            self.holds.ended(now.saturating_sub(session.held));
+        }
         let groups = std::mem::take(&mut session.groups);
         session.source = None;
         session.linger = None;
@@ -533,6 +553,11 @@ impl Engine {
         {
             daemon.builders.end(&gone.key, (!unreached).then_some(now));
             self.count_suspects(&gone.daemon);
+        }
+        if gone.unit == Unit::Build && !gone.orphan && !unreached {
+            let (key, tenant, daemon) = (gone.key.clone(), gone.tenant.clone(), gone.daemon.clone());
+            let lasted = now.saturating_sub(gone.since);
+            self.effects.push(Effect::Built { key, tenant, daemon, outcome, lasted });
         }
         if let Some(session) = self.sessions.get_mut(&gone.key) {
             session.open -= u32::from(gone.counted);
@@ -647,6 +672,11 @@ impl Engine {
                     daemon.used = daemon.used + slots - session.slots;
                 }
                 self.held.change(&session.tenant, session.slots, slots);
+                match (session.slots, slots) {
+                    (0, _) => session.held = now,
+                    (_, 0) => self.holds.ended(now.saturating_sub(session.held)),
+                    _ => {}
+                }
                 session.slots = slots;
             }
         }

@@ -608,6 +608,8 @@ pub enum Effect {
         key: SessionKey,
         /// Who waits.
         tenant: Tenant,
+        /// For what.
+        awaited: super::reason::Awaited,
     },
     /// A request has waited and is granted next.
     Admitted {
@@ -646,6 +648,19 @@ pub enum Effect {
         lasted: Time,
         /// Whether it was lost with its daemon.
         lost: bool,
+    },
+    /// A build has ended.
+    Built {
+        /// Whose.
+        key: SessionKey,
+        /// Who it belongs to.
+        tenant: Tenant,
+        /// Where.
+        daemon: DaemonId,
+        /// How.
+        outcome: Outcome,
+        /// How long it took.
+        lasted: Time,
     },
     /// A session's containers have run for longer than they may while nothing else of it was under way.
     Overdue {

@@ -6,21 +6,29 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::balancer;
 use super::images::Found;
 use super::model::*;
+use super::reason::{Because, Compared, best, short};
 use super::session::Session;
 use super::warm::undoubted;
 use super::{Daemon, Engine};
 
 /// The decision about one request.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub(super) enum Placement {
-    /// It goes there and the session is bound there.
-    Bind(DaemonId),
+    /// It goes there and the session is bound there, for this reason.
+    Bind(DaemonId, Because),
     /// It goes there and changes nothing about the session.
     Route(DaemonId),
     /// It goes there, changes nothing, and could as well go to another.
     Any(DaemonId),
     /// It goes nowhere.
     Refuse(Refusal),
+}
+
+/// Only some daemons will do.
+struct Limit {
+    daemons: BTreeSet<DaemonId>,
+    /// What is there, in words.
+    what: String,
 }
 
 impl Engine {
@@ -51,7 +59,7 @@ impl Engine {
             return lost_session(&lost, image); // Pushed or tagged by the one that made it there.
         }
         match self.limit(acquire) {
-            Some(daemons) => self.place_within(acquire, &daemons),
+            Some(limit) => self.place_within(acquire, &limit),
             None => self.place_freely(acquire),
         }
     }
@@ -86,7 +94,8 @@ impl Engine {
             }
             // `/session` came before its `/build`, under another key: the build follows it.
             [one] if target.kind == Kind::BuildSession => {
-                Some(self.place_within(acquire, &BTreeSet::from([one.clone()])))
+                let what = "the other half of this build".to_string();
+                Some(self.place_within(acquire, &Limit { daemons: BTreeSet::from([one.clone()]), what }))
             }
             [one] => Some(Placement::Route(one.clone())),
             // Several, and the session has a daemon of its own: that one says "no such container".
@@ -199,32 +208,34 @@ impl Engine {
 
     /// Where an image or the objects beside a new container are. The first that limits wins; the next ones
     /// narrow it as long as something is left.
-    fn limit(&self, acquire: &Acquire) -> Option<BTreeSet<DaemonId>> {
+    fn limit<'a>(&self, acquire: &'a Acquire) -> Option<Limit> {
         let own = self.home_of(acquire);
-        let mut only: Option<BTreeSet<DaemonId>> = None;
-        let mut narrow = |daemons: Vec<DaemonId>| {
+        let mut only: Option<Limit> = None;
+        let mut narrow = |(kind, name, daemons): (&str, &str, Vec<DaemonId>)| {
             let set: BTreeSet<DaemonId> = daemons.into_iter().collect();
-            only = match only.take() {
-                Some(old) if old.is_disjoint(&set) => Some(old),
-                Some(old) => Some(&old & &set),
-                None => Some(set),
-            };
+            match &mut only {
+                Some(limit) if limit.daemons.is_disjoint(&set) => {}
+                Some(limit) => limit.daemons = &limit.daemons & &set,
+                None => only = Some(Limit { daemons: set, what: format!("{kind} {}", short(name)) }),
+            }
         };
         let (containers, others): (Vec<_>, Vec<_>) = acquire
             .requirements
             .beside
             .iter()
             .partition(|o| matches!(o.kind, Kind::Container | Kind::Project));
-        let resolve = |o: &&ObjectRef| {
+        let resolve = |o: &&'a ObjectRef| {
             let daemons = self.objects.resolve(o.kind, &o.reference, &acquire.tenant);
+            let o: &'a ObjectRef = o;
+            let found = |daemons| Some((word(o.kind), o.reference.as_str(), daemons));
             if let Some(own) = own.as_ref().filter(|own| daemons.contains(own)) {
-                return Some(vec![own.clone()]);
+                return found(vec![own.clone()]);
             }
             let daemons = self.elsewhere(acquire, o);
             match &own {
                 // A volume that is not there is made, so a stranger's of that name must not draw it away.
                 Some(_) if o.kind == Kind::Volume => None,
-                _ if daemons.len() == 1 => Some(daemons),
+                _ if daemons.len() == 1 => found(daemons),
                 _ => None,
             }
         };
@@ -232,12 +243,13 @@ impl Engine {
         if let Some(image) = &acquire.requirements.image {
             let made_here = own.as_ref().filter(|own| self.images.made_by(&acquire.key, own, image)).cloned();
             match (made_here, self.images.find(image, &acquire.tenant)) {
-                (Some(own), _) => narrow(vec![own]),
-                (None, Found::Only(daemons)) => narrow(daemons),
+                (Some(own), _) => narrow(("image", image, vec![own])),
+                (None, Found::Only(daemons)) => narrow(("image", image, daemons)),
                 // Starting a container elsewhere pulls it there; anything else needs it where it is.
                 (None, Found::Better) if matches!(acquire.class, Class::Work(_)) => {}
                 (None, Found::Better) => {
-                    narrow(self.images.holders(image, &acquire.tenant).cloned().collect())
+                    let holders = self.images.holders(image, &acquire.tenant).cloned().collect();
+                    narrow(("image", image, holders));
                 }
                 (None, Found::Nowhere) => {}
             }
@@ -247,7 +259,8 @@ impl Engine {
     }
 
     /// Only these daemons will do.
-    fn place_within(&mut self, acquire: &Acquire, daemons: &BTreeSet<DaemonId>) -> Placement {
+    fn place_within(&mut self, acquire: &Acquire, limit: &Limit) -> Placement {
+        let Limit { daemons, what } = limit;
         let own = self.home_of(acquire);
         if let Some(own) = own.filter(|own| daemons.contains(own)) {
             return self.at_home(acquire, own);
@@ -264,7 +277,8 @@ impl Engine {
         let Some(chosen) = chosen else { return self.place_freely(acquire) };
         let binds = matches!(acquire.class, Class::Work(_) | Class::Join)
             && self.sessions.get(&acquire.key).is_none_or(|s| s.movable());
-        if binds { Placement::Bind(chosen) } else { Placement::Route(chosen) }
+        let needs = || Because::Needs { what: what.clone() };
+        if binds { Placement::Bind(chosen, needs()) } else { Placement::Route(chosen) }
     }
 
     /// Any daemon will do; at equal load one that has the image.
@@ -282,27 +296,39 @@ impl Engine {
         let former = self.former(acquire).map(|d| &d.id);
         if let Some(former) = former.filter(|former| able.iter().any(|d| d.id == **former)) {
             let former = former.clone();
-            return if binds { Placement::Bind(former) } else { Placement::Any(former) };
+            return if binds { Placement::Bind(former, Because::Former) } else { Placement::Any(former) };
         }
         if binds && let Some(project) = &requirements.project {
             return match self.done_first(acquire, project, &undoubted(able)) {
-                Some(daemon) => Placement::Bind(daemon),
+                Some((daemon, because)) => Placement::Bind(daemon, because),
                 None => Placement::Refuse(self.why_nobody(api)),
             };
         }
-        let chosen = if binds {
+        if binds {
             let image = requirements.image.iter();
             let holders = image.flat_map(|image| self.images.holders(image, &acquire.tenant));
             let holds = |d: &DaemonId| {
                 let image = requirements.image.as_ref();
                 image.is_some_and(|image| self.images.is_on(image, &acquire.tenant, d))
             };
-            balancer::draw(balancer::least_wait(able.into_iter()), holders, holds, &mut self.random)
-        } else {
-            balancer::rendezvous(able.into_iter(), acquire.key.as_str())
-        };
-        match chosen {
-            Some(daemon) if binds => Placement::Bind(daemon.clone()),
+            let least = balancer::least_wait(able.iter().copied());
+            let (equals, room) = (least.len(), least.iter().any(|d| d.has_room()));
+            let Some(chosen) = balancer::draw(least, holders, holds, &mut self.random) else {
+                return Placement::Refuse(self.why_nobody(api));
+            };
+            // Where all are full it is decided again when a slot comes free.
+            let compared = if room {
+                let order = |a: &&Daemon, b: &&Daemon| {
+                    balancer::compare(a, b).then((b.id == *chosen).cmp(&(a.id == *chosen)))
+                };
+                best(able, order, |d| Compared::of(d))
+            } else {
+                Vec::new()
+            };
+            let because = Because::LeastWait { equals, image: holds(chosen), compared };
+            return Placement::Bind(chosen.clone(), because);
+        }
+        match balancer::rendezvous(able.into_iter(), acquire.key.as_str()) {
             Some(daemon) => Placement::Any(daemon.clone()),
             None => Placement::Refuse(self.why_nobody(api)),
         }
@@ -312,7 +338,10 @@ impl Engine {
     /// session never silently moves.
     fn at_home(&self, acquire: &Acquire, own: DaemonId) -> Placement {
         match acquire.class {
-            Class::Work(_) | Class::Join => Placement::Bind(own),
+            Class::Work(_) | Class::Join => {
+                let because = self.why_home(acquire);
+                Placement::Bind(own, because)
+            }
             Class::Any => Placement::Any(own),
             Class::Follow | Class::Remove | Class::Read => Placement::Route(own),
         }
@@ -326,6 +355,16 @@ impl Engine {
         let group = acquire.source.as_ref().unwrap_or(&acquire.key);
         let sibling = self.sources.get(group)?.first()?;
         self.home(sibling).cloned()
+    }
+
+    /// Why the daemon of [`Engine::home_of`] is the session's.
+    fn why_home(&self, acquire: &Acquire) -> Because {
+        let group = acquire.source.as_ref().unwrap_or(&acquire.key);
+        let sibling = || self.sources.get(group)?.first();
+        match self.home(&acquire.key) {
+            Some(_) => Because::Own,
+            None => sibling().map_or(Because::Own, |s| Because::Client { session: s.clone() }),
+        }
     }
 
     /// The daemon that the session was bound to last, while it has a free slot and no grave reason against it.
@@ -388,6 +427,18 @@ pub(super) fn able<'a>(daemons: &'a BTreeMap<DaemonId, Daemon>, acquire: &Acquir
     let native = |d: &Daemon| d.facts.as_ref().map(|f| &f.arch) == arch.as_ref();
     let narrowed = arch.is_some() && daemons.values().any(|d| serves(&d) && native(d));
     daemons.values().filter(|d| serves(d) && (!narrowed || native(d))).collect()
+}
+
+/// A kind of object, in a sentence.
+fn word(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Container => "container",
+        Kind::Network => "network",
+        Kind::Volume => "volume",
+        Kind::Exec => "exec",
+        Kind::BuildSession => "build",
+        Kind::Project => "compose project",
+    }
 }
 
 /// dockerd's own words (28.5).

@@ -12,6 +12,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use super::model::*;
 use super::placement::{Placement, able};
+use super::reason::Awaited;
 use super::warm::{Preferences, undoubted};
 use super::{Engine, Timer};
 
@@ -30,6 +31,22 @@ struct Ticket {
     until: Time,
     /// When it has waited long enough for a daemon that has built its project.
     cold: Option<Time>,
+    awaited: Awaited,
+}
+
+/// A ticket as others are told of it.
+#[derive(Debug, Clone, Copy)]
+pub struct Waiting<'a> {
+    /// The request that waits.
+    pub request: RequestId,
+    /// Whose it is.
+    pub key: &'a SessionKey,
+    /// Who waits.
+    pub tenant: &'a Tenant,
+    /// Since when.
+    pub since: Time,
+    /// For what, when it came.
+    pub awaited: &'a Awaited,
 }
 
 /// A `/session` that waits for its build.
@@ -177,11 +194,11 @@ impl Engine {
         self.queue.lines.keys().map(|t| (t.clone(), self.queue.len_of(t))).collect()
     }
 
-    /// The waiting tickets in their order: request, key, tenant, since when.
-    pub fn tickets(&self) -> Vec<(RequestId, &SessionKey, &Tenant, Time)> {
+    /// The waiting tickets in their order.
+    pub fn tickets(&self) -> Vec<Waiting<'_>> {
         let ticket = |request: RequestId| {
-            let t = self.queue.tickets.get(&request)?;
-            Some((request, &t.acquire.key, &t.acquire.tenant, t.since))
+            let Ticket { acquire, since, awaited, .. } = self.queue.tickets.get(&request)?;
+            Some(Waiting { request, key: &acquire.key, tenant: &acquire.tenant, since: *since, awaited })
         };
         self.queue.order().into_iter().filter_map(ticket).collect()
     }
@@ -217,13 +234,13 @@ impl Engine {
             return false; // Without a queue a full pool shares its least loaded daemon.
         }
         match placement {
-            Placement::Bind(_) if acquire.class == Class::Join => {
+            Placement::Bind(..) if acquire.class == Class::Join => {
                 let bound = self.sessions.get(&acquire.key).is_some_and(|s| s.lease().is_some());
                 // `/session` may come before its `/build` (CLI 20.10 sends both at once): bound to a full daemon
                 // by it, the build could wait nowhere else.
                 self.waits_with_build(acquire) || (!bound && !self.any_room() && !self.is_somewhere(acquire))
             }
-            Placement::Bind(daemon) => {
+            Placement::Bind(daemon, _) => {
                 self.needs_slot(acquire, daemon)
                     && (!self.has_room(daemon)
                         || self.tenant_is_full(&acquire.tenant)
@@ -261,16 +278,17 @@ impl Engine {
         let (key, tenant) = (acquire.key.clone(), acquire.tenant.clone());
         let mut cold = None;
         if let Some(project) = &acquire.requirements.project {
-            if let Placement::Bind(daemon) = placement {
+            if let Placement::Bind(daemon, _) = placement {
                 self.queue.preferences.set(request, project, daemon);
             }
             let at = now + self.config.warm_wait;
             self.timers.insert((at, Timer::Warm(request)));
             cold = Some(at);
         }
-        self.queue.push(Ticket { acquire, since: now, until, cold });
+        let awaited = self.awaited(&acquire, placement);
+        self.queue.push(Ticket { acquire, since: now, until, cold, awaited: awaited.clone() });
         self.queue.changed = true;
-        self.effects.push(Effect::Queued { request, key, tenant });
+        self.effects.push(Effect::Queued { request, key, tenant, awaited });
     }
 
     /// Takes a ticket out of the queue, and its timers along.
@@ -441,7 +459,7 @@ impl Engine {
             let placement = self.place(&acquire);
             if !self.must_wait(&acquire, &placement) {
                 self.take_join(request);
-                self.grant(acquire, placement, now);
+                self.grant(acquire, placement, None, now);
             }
         }
     }
@@ -474,7 +492,7 @@ impl Engine {
                 let acquire = ticket.acquire.clone();
                 let placement = self.place(&acquire);
                 match &placement {
-                    Placement::Bind(daemon)
+                    Placement::Bind(daemon, _)
                         if self.needs_slot(&acquire, daemon)
                             && (!self.has_room(daemon) || self.tenant_is_full(&tenant)) =>
                     {
@@ -517,8 +535,8 @@ impl Engine {
                 let Some(project) = &ticket.acquire.requirements.project else { continue };
                 let mut free = undoubted(able(&self.daemons, &ticket.acquire));
                 free.retain(|d| d.has_room());
-                if let Some(daemon) = self.done_first(&ticket.acquire, project, &free) {
-                    self.serve(request, false, Placement::Bind(daemon), now);
+                if let Some((daemon, because)) = self.done_first(&ticket.acquire, project, &free) {
+                    self.serve(request, false, Placement::Bind(daemon, because), now);
                     return true;
                 }
             }
@@ -536,16 +554,17 @@ impl Engine {
 
     /// A ticket's wait is over.
     fn serve(&mut self, request: RequestId, bound: bool, placement: Placement, now: Time) {
-        let Some(Ticket { acquire, since, .. }) = self.take_ticket(request, true) else { return };
+        let Some(Ticket { acquire, since, awaited, .. }) = self.take_ticket(request, true) else { return };
         let tenant = acquire.tenant.clone();
         if let Some(line) = self.queue.lines.get_mut(&tenant) {
             line.streak = if bound { line.streak + 1 } else { 0 };
         }
-        self.effects.push(Effect::Admitted { request, tenant, waited: now.saturating_sub(since) });
+        let waited = now.saturating_sub(since);
+        self.effects.push(Effect::Admitted { request, tenant, waited });
         if let Placement::Refuse(refusal) = &placement {
             self.refuse_joins(&acquire, refusal);
         }
-        self.grant(acquire, placement, now);
+        self.grant(acquire, placement, Some((waited, awaited)), now);
     }
 
     /// Whether this work takes a slot that its session does not hold yet.
@@ -563,7 +582,7 @@ impl Engine {
         self.daemons.values().any(|d| d.has_room() && d.takes_sessions())
     }
 
-    fn has_room(&self, daemon: &DaemonId) -> bool {
+    pub(super) fn has_room(&self, daemon: &DaemonId) -> bool {
         self.daemons.get(daemon).is_some_and(|d| d.has_room())
     }
 

@@ -3,6 +3,7 @@
 mod apart;
 mod cordon;
 mod departure;
+mod reason;
 
 use super::model::*;
 use super::{Config, Engine};

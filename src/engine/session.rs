@@ -1,8 +1,10 @@
 //! One session: its binding, its units of work, and what it owns.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use super::model::{DaemonId, Kind, LeaseId, SessionKey, Tenant, Time};
+use super::reason::Why;
 
 /// Where a session belongs.
 #[derive(Debug, Clone)]
@@ -15,6 +17,8 @@ pub struct Home {
     pub since: Time,
     /// Whether anything of the lease has reached the daemon. Until then the session may be tried elsewhere.
     pub(super) proven: bool,
+    /// Why there; `None` where another proxy decided it.
+    pub why: Option<Arc<Why>>,
 }
 
 /// Something of a session's that exists on its home only.
@@ -78,6 +82,8 @@ pub struct Session {
     pub(super) owned: BTreeSet<Owned>,
     /// Slots that it holds on its home.
     pub slots: u32,
+    /// Since when it has held one.
+    pub(super) held: Time,
     /// Until when it keeps its last slot without work.
     pub(super) linger: Option<Time>,
     /// Since when nothing of it is open and nothing runs; `None` while something does.
@@ -105,6 +111,7 @@ impl Session {
             foreign: BTreeMap::new(),
             owned: BTreeSet::new(),
             slots: 0,
+            held: now,
             linger: None,
             idle: Some(now),
             unattended: None,

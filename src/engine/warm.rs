@@ -15,6 +15,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use super::daemon::Daemon;
 use super::model::*;
+use super::reason::{Because, Compared, best, short};
 use super::{Engine, balancer};
 
 /// For how long a build rather waits for a warm daemon than start on another one, in builds with a cache. Cold builds
@@ -142,22 +143,36 @@ impl Engine {
         acquire: &Acquire,
         project: &ProjectKey,
         able: &[&Daemon],
-    ) -> Option<DaemonId> {
+    ) -> Option<(DaemonId, Because)> {
         let hash = balancer::hash(project.as_str());
         let waiting = |d: &Daemon| self.queue.preferences.waiting(&d.id, project, acquire.request);
         let load = |d: &Daemon| d.expected_load() as f64 / 4.0 + f64::from(waiting(d).0);
         let slots: f64 = able.iter().map(|d| f64::from(d.capacity())).sum();
         let full = (able.iter().map(|d| load(d)).sum::<f64>() + 1.0) / slots.max(1.0);
+        let is_warm = |d: &Daemon| waiting(d).1 > 0 || self.warm.is_warm(project, &d.id);
         let cost = |d: &Daemon| {
             let (load, capacity) = (load(d), f64::from(d.capacity().max(1)));
             let ahead = (load + 1.0 - capacity).max(0.0) / capacity;
             let bounded = load < (BOUND * full * capacity).ceil();
-            let warm = bounded && (waiting(d).1 > 0 || self.warm.is_warm(project, &d.id));
+            let warm = bounded && is_warm(d);
             // Of two that would start it at once the emptier one: builds slow each other down a little.
             ahead + if warm { 0.0 } else { COLD } + load / capacity / 1000.0
         };
         let rank = |d: &Daemon| balancer::mix(hash ^ d.hash.rotate_left(32));
-        let best = able.iter().map(|d| (cost(d), rank(d), &d.id));
-        best.min_by(|a, b| a.0.total_cmp(&b.0).then(b.1.cmp(&a.1))).map(|(_, _, id)| id.clone())
+        let all: Vec<(f64, u64, &Daemon)> = able.iter().map(|d| (cost(d), rank(d), *d)).collect();
+        let order =
+            |a: &(f64, u64, &Daemon), b: &(f64, u64, &Daemon)| a.0.total_cmp(&b.0).then(b.1.cmp(&a.1));
+        let first = all.iter().min_by(|a, b| order(a, b))?.2;
+        let tell = |(cost, _, d): &(f64, u64, &Daemon)| Compared {
+            warm: is_warm(d),
+            waiting: waiting(d).0,
+            cost: Some(*cost),
+            ..Compared::of(d)
+        };
+        let warm = is_warm(first);
+        // One that is full is decided about again when a slot comes free.
+        let compared = if first.has_room() { best(all, order, tell) } else { Vec::new() };
+        let project = short(project.as_str());
+        Some((first.id.clone(), Because::DoneFirst { project, warm, compared }))
     }
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::journal::{Entry, Happened};
 use super::status::CordonStatus;
 use super::{Pool, State};
 use crate::engine::model::*;
@@ -123,14 +124,25 @@ impl Pool {
 
     pub(super) fn cordon_changed(&self, state: &State, effect: Effect) {
         match effect {
-            Effect::Cordoned { daemon, by } => tracing::warn!(%daemon, ?by, "daemon cordoned"),
-            Effect::Draining { daemon } => tracing::warn!(%daemon, "drain begins"),
+            Effect::Cordoned { daemon, by } => {
+                tracing::warn!(%daemon, ?by, "daemon cordoned");
+                let by = if by == CordonedBy::Operator { "an operator" } else { "the autoscaler" };
+                let message = format!("takes no new sessions: {by} cordoned it");
+                self.record(Entry::new(Happened::Cordoned, message).on(&daemon));
+            }
+            Effect::Draining { daemon } => {
+                tracing::warn!(%daemon, "drain begins");
+                self.record(Entry::new(Happened::Draining, "the drain has begun").on(&daemon));
+            }
             Effect::Uncordoned { daemon, draining } => {
                 if draining {
                     self.metrics.drains.with_label_values(&["uncordoned"]).inc();
                 }
                 self.drain_ended.notify_waiters();
                 tracing::warn!(%daemon, draining, "daemon uncordoned");
+                let message =
+                    if draining { "takes sessions again; its drain is off" } else { "takes sessions again" };
+                self.record(Entry::new(Happened::Uncordoned, message).on(&daemon));
             }
             Effect::Drained { daemon, drained } => {
                 let result = if drained.cut.is_empty() { "idle" } else { "cut" };
@@ -143,6 +155,11 @@ impl Pool {
                 }
                 let (containers, images) = (drained.left.containers.len(), drained.left.images.len());
                 tracing::warn!(%daemon, result, containers, images, "daemon drained");
+                let message = match drained.cut.len() {
+                    0 => "drained: nothing was cut".to_string(),
+                    n => format!("drained: at the deadline the work of {n} sessions was cut"),
+                };
+                self.record(Entry::new(Happened::Drained, message).on(&daemon));
                 if !drained.cut.is_empty()
                     && let Some(member) = state.daemons.get(&daemon)
                 {

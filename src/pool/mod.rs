@@ -2,14 +2,17 @@
 //! daemon; the guard that gives a lease back.
 
 pub mod about;
+pub mod advice;
 pub mod client;
 pub mod cordon;
 mod deep;
 mod departure;
+pub mod journal;
 mod lease;
 mod lookup;
 pub mod notes;
 pub mod peers;
+mod recognised;
 pub mod remote;
 pub mod scaler;
 pub mod shared;
@@ -18,6 +21,7 @@ pub mod status;
 mod survey;
 mod ticket;
 pub(crate) mod watch;
+pub mod why;
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
@@ -43,9 +47,10 @@ use crate::metrics::snapshot::Holds;
 use crate::metrics::{Metrics, cause_word, health_word, state_word};
 use crate::provision::{DaemonSpec, Endpoint, Note, Observation};
 use about::About;
+use journal::{Entry, Happened, Journal};
 pub use lease::Lease;
 use shared::{Hold, Shared};
-use status::{DaemonStatus, QueueStatus, SessionStatus, Status, TicketStatus};
+use status::{DaemonStatus, QueueStatus, Status};
 use ticket::Answer;
 pub use ticket::Ticket;
 
@@ -193,9 +198,9 @@ impl Want {
 
 /// An acquisition without an answer.
 struct Waiting {
-    /// Who waits.
-    tenant: Tenant,
     answer: oneshot::Sender<Answer>,
+    key: SessionKey,
+    tenant: Tenant,
     /// What was wanted, where other proxies may have to know it.
     want: Option<Arc<Want>>,
 }
@@ -262,6 +267,8 @@ pub struct Pool {
     newcomers: AtomicU32,
     /// What is to be told of the pool elsewhere.
     words: Mutex<Vec<Note>>,
+    /// What happened lately. Locked last, and for a moment.
+    journal: Mutex<Journal>,
     /// This is one proxy of several.
     several: AtomicBool,
     /// The number of this process's tenure, where there are several and this one admits.
@@ -304,6 +311,7 @@ impl Pool {
             next_log: AtomicU64::new(0),
             newcomers: AtomicU32::new(0),
             words: Mutex::default(),
+            journal: Mutex::default(),
             several: AtomicBool::new(false),
             tenures: values::Sender::new(None),
             welcomed: values::Sender::new(false),
@@ -371,7 +379,8 @@ impl Pool {
         let (answer, answered) = oneshot::channel();
         state.next_request += 1;
         let request = RequestId(state.next_request);
-        state.waiting.insert(request, Waiting { tenant: want.tenant.clone(), answer, want: shared });
+        let (key, tenant) = (want.key.clone(), want.tenant.clone());
+        state.waiting.insert(request, Waiting { answer, key, tenant, want: shared });
         self.handle(state, Event::Acquire(want.acquire(request)));
         (request, answered)
     }
@@ -452,14 +461,7 @@ impl Pool {
         let now = self.now();
         let state = self.lock();
         let version = |v: ApiVersion| format!("{}.{}", v.0, v.1);
-        let tickets: Vec<TicketStatus> = (state.engine.tickets().into_iter().enumerate())
-            .map(|(i, (_, key, tenant, since))| TicketStatus {
-                position: i + 1,
-                key: key.to_string(),
-                tenant: tenant.to_string(),
-                waited: now.saturating_sub(since).as_secs_f64(),
-            })
-            .collect();
+        let tickets = status::tickets(&state.engine, now);
         Status {
             version: env!("CARGO_PKG_VERSION").into(),
             api: state.engine.api_range().map(|(min, max)| (version(min), version(max))),
@@ -492,19 +494,7 @@ impl Pool {
             sessions: state
                 .engine
                 .sessions()
-                .filter_map(|(key, s)| {
-                    let home = s.home.as_ref().filter(|h| h.lease.is_some())?;
-                    Some(SessionStatus {
-                        key: key.to_string(),
-                        tenant: s.tenant.to_string(),
-                        daemon: home.daemon.to_string(),
-                        slots: s.slots,
-                        open: s.open,
-                        containers: s.live.len(),
-                        overdue: s.is_overdue(),
-                        since: now.saturating_sub(home.since).as_secs_f64(),
-                    })
-                })
+                .filter_map(|(key, s)| status::session(&state.engine, key, s, now))
                 .collect(),
             queue: QueueStatus {
                 waiting: u32::try_from(tickets.len()).unwrap_or(u32::MAX),
@@ -620,13 +610,18 @@ impl Pool {
             Effect::Refused { request, refusal } => {
                 if let Some(waiting) = state.waiting.remove(&request) {
                     self.metrics.turned_away(waiting.tenant.as_str(), &refusal);
+                    if let Some(entry) = journal::refusal(&refusal) {
+                        self.record(entry.of(&waiting.key).by(&waiting.tenant));
+                    }
                     let _ = waiting.answer.send(Answer::Refused(refusal));
                 }
             }
             Effect::Attached { .. } => {}
-            Effect::Queued { key, tenant, .. } => {
+            Effect::Queued { key, tenant, awaited, .. } => {
                 self.metrics.queued(tenant.as_str());
                 tracing::info!(session = %key, %tenant, "waits for a free daemon");
+                let entry = Entry::new(Happened::Waits, format!("waits for {awaited}"));
+                self.record(entry.of(&key).by(&tenant));
             }
             Effect::Admitted { tenant, waited, .. } => {
                 self.metrics.admitted(tenant.as_str(), waited);
@@ -634,15 +629,27 @@ impl Pool {
             Effect::LeaseStarted { key, lease, daemon } => {
                 self.metrics.leases.inc();
                 tracing::info!(session = %key, lease = lease.number, %daemon, "session bound");
+                let why = state.engine.session(&key).and_then(|s| s.home.as_ref()?.why.clone());
+                let message = why.map_or_else(|| "bound".into(), |why| format!("bound: {}", why.because));
+                self.record(Entry::new(Happened::Bound, message).on(&daemon).of(&key));
             }
             Effect::LeaseEnded { key, lease, daemon, lasted, lost } => {
                 let seconds = lasted.as_secs_f64();
                 if lost {
                     self.metrics.leases_lost.inc();
                     tracing::warn!(session = %key, lease = lease.number, %daemon, seconds, "session lost");
+                    let message = "its daemon has gone, and everything on it";
+                    self.record(Entry::new(Happened::Lost, message).on(&daemon).of(&key));
                 } else {
                     tracing::info!(session = %key, lease = lease.number, %daemon, seconds, "lease ended");
+                    let message = format!("nothing of it was left after {seconds:.0} s");
+                    self.record(Entry::new(Happened::Ended, message).on(&daemon).of(&key));
                 }
+            }
+            Effect::Built { key, tenant, daemon, outcome, lasted } => {
+                let message =
+                    format!("build {} after {:.1} s", journal::ended(outcome), lasted.as_secs_f64());
+                self.record(Entry::new(Happened::Built, message).on(&daemon).of(&key).by(&tenant));
             }
             Effect::Overdue { key, containers, again } => {
                 if !again {
@@ -652,6 +659,9 @@ impl Pool {
                 let stop = self.config().stop_overdue && admits;
                 let n = containers.len();
                 tracing::warn!(session = %key, containers = n, stop, "nobody attends its containers");
+                let what = if stop { "; they are stopped" } else { "" };
+                let message = format!("nobody attends its {n} containers{what}");
+                self.record(Entry::new(Happened::Overdue, message).of(&key));
                 if stop {
                     let handle = |(id, container): (DaemonId, String)| {
                         Some((state.daemons.get(&id)?.handle.clone(), container))
@@ -673,6 +683,8 @@ impl Pool {
             }
             Effect::Emptied { daemon } => {
                 tracing::warn!(%daemon, "the daemon came back without anything that was on it");
+                let message = "it came back without anything that was on it";
+                self.record(Entry::new(Happened::Emptied, message).on(&daemon));
             }
             Effect::SharesData { daemon, with } => {
                 self.metrics.shared_roots.inc();
@@ -689,6 +701,16 @@ impl Pool {
                 self.metrics.transitions.with_label_values(&[became]).inc();
                 let (word, health) = (state_word(is), health_word(health));
                 let misfit = state.engine.daemons().any(|d| d.id == daemon && d.misfit.is_some());
+                let kind = match (became, is) {
+                    _ if misfit => Happened::Misfit,
+                    ("ejected", _) => Happened::Ejected,
+                    (_, engine::model::State::Ready) => Happened::Ready,
+                    (_, engine::model::State::Starting) => Happened::Starting,
+                    (_, engine::model::State::Draining) => Happened::Leaving,
+                    (_, engine::model::State::Gone) => Happened::Gone,
+                };
+                let message = if reason.is_empty() { "takes sessions" } else { &reason };
+                self.record(Entry::new(kind, message).on(&daemon));
                 if became == "ready" {
                     tracing::info!(%daemon, state = word, health, "daemon ready");
                 } else if misfit {
@@ -713,6 +735,7 @@ impl Pool {
         for problem in &observation.problems {
             if !state.problems.contains(problem) {
                 tracing::warn!("{problem}");
+                self.record(Entry::new(Happened::Problem, problem.as_str()));
             }
         }
         state.problems = observation.problems;

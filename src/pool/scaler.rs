@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 
 use super::Pool;
+use super::journal::{Entry, Happened};
 use crate::engine::autoscaler::{self, Autoscaler, Decision, Reason, Step, View};
 use crate::engine::model::*;
 use crate::engine::scaling::{Growth, cause};
@@ -99,6 +100,7 @@ impl Pool {
             let known = state.scaler.as_ref().is_some_and(|s| s.faults.iter().any(|f| cause(f) == fault));
             if !known {
                 tracing::warn!("a daemon does not come up: {fault}");
+                self.record(Entry::new(Happened::Problem, format!("a daemon does not come up: {fault}")));
                 self.tell("DaemonStuck", true, format!("a daemon does not come up: {fault}"));
             }
         }
@@ -178,6 +180,7 @@ async fn apply(pool: &Arc<Pool>, changes: &mpsc::Sender<Change>, step: &Step) ->
         }
         Step::Grow { from, to } => {
             tracing::info!(from, to, "scaling up");
+            pool.record(Entry::new(Happened::Scaled, format!("up, from {from} to {to} daemons")));
             let waiting = pool.view().waiting;
             ask(changes, step).await?;
             pool.tell(
@@ -193,6 +196,8 @@ async fn apply(pool: &Arc<Pool>, changes: &mpsc::Sender<Change>, step: &Step) ->
                 return Err(format!("{daemon} is in use again"));
             }
             tracing::info!(%daemon, from, to = from - 1, "scaling down");
+            let message = format!("down, from {from} to {} daemons: it is idle and not needed", from - 1);
+            pool.record(Entry::new(Happened::Scaled, message).on(daemon));
             ask(changes, step).await?;
             let to = from - 1;
             pool.tell(

@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 
+use super::journal::{Entry, Happened};
 use super::peers::Up;
 use super::status::{LeaseStatus, Role};
 use super::ticket::Answer;
@@ -285,6 +286,7 @@ impl Pool {
             images: export.images.len(),
             streams: 0,
         };
+        self.record(Entry::new(Happened::Admits, format!("this proxy admits from now on (tenure {number})")));
         let event = Event::Import { epoch: number, export: Box::new(export) };
         let attached = self.attached(state, event);
         let streams: BTreeMap<OpenId, (String, u64)> =
@@ -394,6 +396,7 @@ impl Pool {
         }
         self.tenures.send_replace(None);
         tracing::warn!("this proxy admits no more");
+        self.record(Entry::new(Happened::Admits, "this proxy admits no more"));
     }
 
     fn retire_now(&self, state: &mut State) {

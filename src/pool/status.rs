@@ -4,7 +4,11 @@
 use serde::{Deserialize, Serialize};
 
 use super::scaler::ScalerStatus;
-use crate::engine::model::{CordonedBy, Drained, Health, State};
+use crate::engine::model::{CordonedBy, Drained, Health, SessionKey, State, Time};
+use crate::engine::{Engine, Session};
+
+/// How many containers of a session are named.
+const NAMED: usize = 8;
 
 /// The whole pool.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -144,6 +148,12 @@ pub struct SessionStatus {
     pub open: u32,
     /// Its containers that run, or were created a moment ago.
     pub containers: usize,
+    /// Their names, or short ids; some of them where they are many.
+    #[serde(default)]
+    pub names: Vec<String>,
+    /// Builds under way.
+    #[serde(default)]
+    pub builds: u32,
     /// Whether they have run for longer than `container_lease` while nothing else of it was under way.
     #[serde(default)]
     pub overdue: bool,
@@ -173,4 +183,47 @@ pub struct TicketStatus {
     pub tenant: String,
     /// For how many seconds it has waited.
     pub waited: f64,
+    /// What it waits for, in words.
+    #[serde(default)]
+    pub awaits: String,
+    /// For how many more seconds it can expect to wait; `null` while nobody knows.
+    #[serde(default)]
+    pub expected: Option<f64>,
+}
+
+/// All that waits, the next in front.
+pub(super) fn tickets(engine: &Engine, now: Time) -> Vec<TicketStatus> {
+    let expectation = engine.expectation(now);
+    let tickets = engine.tickets().into_iter().enumerate();
+    let told = tickets.map(|(i, ticket)| TicketStatus {
+        position: i + 1,
+        key: ticket.key.to_string(),
+        tenant: ticket.tenant.to_string(),
+        waited: now.saturating_sub(ticket.since).as_secs_f64(),
+        awaits: ticket.awaited.to_string(),
+        expected: expectation.map(|e| e.wait(i + 1).as_secs_f64()),
+    });
+    told.collect()
+}
+
+/// A session, if it has a lease.
+pub(super) fn session(
+    engine: &Engine,
+    key: &SessionKey,
+    session: &Session,
+    now: Time,
+) -> Option<SessionStatus> {
+    let home = session.home.as_ref().filter(|h| h.lease.is_some())?;
+    Some(SessionStatus {
+        key: key.to_string(),
+        tenant: session.tenant.to_string(),
+        daemon: home.daemon.to_string(),
+        slots: session.slots,
+        open: session.open,
+        containers: session.live.len(),
+        names: session.live.iter().take(NAMED).map(|id| engine.container_name(&home.daemon, id)).collect(),
+        builds: session.builds,
+        overdue: session.is_overdue(),
+        since: now.saturating_sub(home.since).as_secs_f64(),
+    })
 }

@@ -18,9 +18,9 @@ use crate::error::{Error, Kind};
 use crate::metrics::Metrics;
 use crate::pool::Pool;
 
-/// Descriptors that no client gets: listeners, the log, the admin listener's own connections (32), connections that
-/// are being refused ([`SHEDS`]), looks into /proc.
-const KEPT: u64 = 128;
+/// Descriptors that no client gets: listeners, the log, the admin listener's own connections (32, and as many that
+/// watch), connections that are being refused ([`SHEDS`]), looks into /proc.
+const KEPT: u64 = 160;
 /// Descriptors for the probes, lists and events of one daemon.
 const KEPT_PER_DAEMON: u64 = 8;
 /// A client's own connection and the one to its daemon.
@@ -328,9 +328,9 @@ mod tests {
     fn descriptors_are_kept_for_daemons_and_admin() {
         let gate = Gate::new(Limits::default(), 20_000);
         gate.keep_for(9);
-        assert_eq!((gate.total(), gate.per_source()), (9_900, 4_950));
+        assert_eq!((gate.total(), gate.per_source()), (9_884, 4_942));
         // What was configured is not more than there is.
         let gate = Gate::new(Limits { total: Some(1_000_000), per_source: None }, 1024);
-        assert_eq!(gate.total(), (1024 - 128) / 2);
+        assert_eq!(gate.total(), (1024 - 160) / 2);
     }
 }

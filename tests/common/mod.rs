@@ -5,6 +5,7 @@
 //! stopped by the pid that started it.
 #![allow(dead_code, reason = "each test binary uses its own part of the harness")]
 
+pub mod browser;
 pub mod client;
 pub mod cluster;
 pub mod daemon;
