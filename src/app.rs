@@ -159,6 +159,7 @@ pub async fn run(
     let prestop = Arc::new(Prestop::new(pool.clone(), settings.prestop_token.clone()));
     let prestop_task = sockets.prestop.map(|bound| tokio::spawn(prestop::run(bound, prestop.clone())));
     let rules: Arc<[Rule]> = settings.identify.clone().into();
+    let daemon_tls = settings.daemon_tls.clone();
     let settings = Arc::new(RwLock::new(settings));
     let entries = sockets.listeners.into_iter().map(|(listener, bound)| {
         let tls = listener.tls.as_ref().map(tls::Server::new).transpose().map_err(anyhow::Error::msg)?;
@@ -171,9 +172,10 @@ pub async fn run(
         Ok((Arc::new(entry), bound))
     });
     let entries: Vec<(Arc<Entry>, Bound)> = entries.collect::<anyhow::Result<_>>()?;
-    let servers: Vec<_> = entries.iter().filter_map(|(entry, _)| entry.tls.clone()).collect();
+    let servers = entries.iter().filter_map(|(entry, _)| entry.tls.clone()).collect();
+    let watched = tls::watch::Watched { servers, client: daemon_tls };
     let reload = Reload {
-        tls: servers.clone(),
+        tls: watched.clone(),
         source,
         settings: settings.clone(),
         pool: pool.clone(),
@@ -186,7 +188,7 @@ pub async fn run(
     for (entry, bound) in entries {
         listeners.spawn(listener::run(proxy.clone(), entry, bound));
     }
-    let certificates_task = tokio::spawn(tls::watch::run(servers, metrics.clone()));
+    let certificates_task = tokio::spawn(tls::watch::run(watched, metrics.clone()));
     let sweep_task = tokio::spawn(sweep::run(proxy.clone()));
     let beside_task = tokio::spawn(beside(pool.clone()));
     shutdown.await;

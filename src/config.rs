@@ -6,6 +6,7 @@
 
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use toml::Value;
@@ -22,7 +23,7 @@ use crate::proxy::listener::Address;
 use crate::proxy::peer;
 use crate::proxy::sniff::Network;
 use crate::tls::identity::Rule;
-use crate::tls::{self, Clients, Plain, RawTls};
+use crate::tls::{self, Clients, DaemonTls, Plain, RawTls};
 
 /// The port that Docker's clients know for plain TCP (IANA: docker).
 pub const DEFAULT_LISTEN: &str = "tcp://0.0.0.0:2375";
@@ -68,6 +69,8 @@ pub struct Raw {
     pub prestop_token_file: Option<PathBuf>,
     /// Fixed daemons.
     pub daemons: Option<Vec<String>>,
+    /// What daemons with TLS must show, and what they are shown.
+    pub daemon_tls: Option<DaemonTls>,
     /// A Deployment whose pods are the daemons.
     pub kubernetes: Option<String>,
     /// The Lease that decides which of several proxies admits.
@@ -174,6 +177,8 @@ pub struct Settings {
     pub prestop_token: Option<Token>,
     /// Fixed daemons.
     pub daemons: Vec<FixedAddress>,
+    /// Makes the connections to those with TLS.
+    pub daemon_tls: Option<Arc<tls::Client>>,
     /// The Deployment whose pods are the daemons, instead of fixed ones.
     pub kubernetes: Option<kubernetes::Target>,
     /// The Lease that decides which of several proxies admits.
@@ -220,6 +225,7 @@ const KEYS: &[&str] = &[
     "prestop",
     "prestop_token_file",
     "daemons",
+    "daemon_tls",
     "kubernetes",
     "lease",
     "lease_duration",
@@ -286,6 +292,7 @@ impl Raw {
                 "prestop" => text_of(value).map(|v| raw.prestop = Some(v)),
                 "prestop_token_file" => text_of(value).map(|v| raw.prestop_token_file = Some(v.into())),
                 "daemons" => texts(value).map(|v| raw.daemons = Some(v)),
+                "daemon_tls" => DaemonTls::from_toml(value).map(|v| raw.daemon_tls = Some(v)),
                 "kubernetes" => text_of(value).map(|v| raw.kubernetes = Some(v)),
                 "lease" => text_of(value).map(|v| raw.lease = Some(v)),
                 "lease_duration" => text_of(value).map(|v| raw.lease_duration = Some(v)),
@@ -343,6 +350,7 @@ impl Raw {
             prestop: self.prestop.or(under.prestop),
             prestop_token_file: self.prestop_token_file.or(under.prestop_token_file),
             daemons: self.daemons.or(under.daemons),
+            daemon_tls: self.daemon_tls.or(under.daemon_tls),
             kubernetes: self.kubernetes.or(under.kubernetes),
             lease: self.lease.or(under.lease),
             lease_duration: self.lease_duration.or(under.lease_duration),
@@ -403,6 +411,20 @@ impl Raw {
             .iter()
             .filter_map(|d| fixed::parse(d).map_err(|e| faults.push(format!("daemons: {e}"))).ok())
             .collect();
+        let daemon_tls = self.daemon_tls.map(tls::Client::new).transpose();
+        let daemon_tls =
+            daemon_tls.map_err(|fault| faults.push(format!("daemon_tls: {fault}"))).ok().flatten();
+        for daemon in &daemons {
+            let FixedAddress::Tls { host, .. } = daemon else { continue };
+            match &daemon_tls {
+                Some(tls) => faults.extend(tls.expects(host).err().map(|fault| format!("daemons: {fault}"))),
+                None if faults.iter().any(|fault| fault.starts_with("daemon_tls")) => {}
+                None => faults.push(format!(
+                    "daemons: {host} needs daemon_tls: a directory with the ca.pem of the daemons' certificates, and \
+                     the cert.pem and key.pem that dindpool shows"
+                )),
+            }
+        }
         let kubernetes = self.kubernetes.as_deref().map(kubernetes::parse);
         let kubernetes = kubernetes.and_then(|k| k.map_err(|e| faults.push(format!("kubernetes: {e}"))).ok());
         if needs_daemons && daemons.is_empty() && kubernetes.is_none() && faults.is_empty() {
@@ -563,6 +585,7 @@ impl Raw {
             prestop,
             prestop_token,
             daemons,
+            daemon_tls: daemon_tls.map(Arc::new),
             kubernetes,
             lease: self.lease.map(|name| election::Target { name, duration: lease_duration }),
             pool,

@@ -39,7 +39,7 @@ pub struct Reload {
     /// Takes its token.
     pub prestop: Arc<Prestop>,
     /// Their certificates are looked at too.
-    pub tls: Vec<Arc<tls::Server>>,
+    pub tls: tls::watch::Watched,
     /// Counts reloads.
     pub metrics: Metrics,
 }
@@ -98,6 +98,7 @@ impl Settings {
             ("identify", self.identify != new.identify),
             ("admin", self.admin != new.admin),
             ("prestop", self.prestop != new.prestop),
+            ("daemon_tls", self.daemon_tls != new.daemon_tls),
             ("kubernetes", self.kubernetes != new.kubernetes),
             ("lease, lease_duration", self.lease != new.lease),
             ("max_connections, max_connections_per_source", self.limits != new.limits),
@@ -142,7 +143,7 @@ mod tests {
             admin: Arc::new(Admin::new(pool.clone(), Drain::new(), None)),
             prestop: Arc::new(Prestop::new(pool.clone(), None)),
             pool,
-            tls: Vec::new(),
+            tls: tls::watch::Watched::default(),
             metrics,
         };
         let result = reload.once().map_err(|e| e.to_string());

@@ -13,15 +13,19 @@ use crate::config::{Raw, Settings};
 use crate::provision::{fixed, kubernetes};
 use crate::reload::Source;
 use crate::telemetry;
-use crate::tls::RawTls;
+use crate::tls::{DaemonTls, RawTls};
 
 #[derive(Debug, Clone, Args)]
 pub struct Serve {
     #[command(flatten)]
     common: Common,
-    /// A daemon: tcp://host:2375 or unix:///path; a name with several addresses is as many daemons; repeats
+    /// A daemon: tcp://host:2375, tcp+tls://host:2376 or unix:///path; a name with several addresses is as many daemons; repeats
     #[arg(long, env = "DINDPOOL_DAEMONS", value_name = "URL", value_delimiter = ',')]
     daemon: Vec<String>,
+    /// For daemons at tcp+tls://host:2376: a directory with the ca.pem of their certificates, and the cert.pem and key.pem
+    /// that dindpool shows them
+    #[arg(long, env = "DINDPOOL_DAEMON_TLS_DIR", value_name = "DIR")]
+    daemon_tls_dir: Option<PathBuf>,
     /// The daemons are the pods of this Deployment, which is scaled: NAME, NAMESPACE/NAME or NAMESPACE/NAME:PORT
     #[arg(long, env = "DINDPOOL_KUBERNETES", value_name = "DEPLOYMENT", conflicts_with = "daemon")]
     kubernetes: Option<String>,
@@ -56,7 +60,13 @@ impl Serve {
             Some(target) => (kubernetes::start(target.clone()).await.map_err(anyhow::Error::msg)?, None),
             None => {
                 let (daemons, list) = watch::channel(settings.daemons.clone());
-                (fixed::start(list, fixed::Options::default()), Some(daemons))
+                (
+                    fixed::start(
+                        list,
+                        fixed::Options { tls: settings.daemon_tls.clone(), ..fixed::Options::default() },
+                    ),
+                    Some(daemons),
+                )
             }
         };
         let read = Box::new(move || self.settings());
@@ -72,6 +82,7 @@ impl Serve {
         let typed = Raw {
             kubernetes: self.kubernetes.clone(),
             tls: self.tls_dir.clone().map(RawTls::Directory),
+            daemon_tls: self.daemon_tls_dir.as_deref().map(DaemonTls::of),
             prestop: self.prestop.clone(),
             prestop_token_file: self.prestop_token_file.clone(),
             lease: self.lease.clone(),

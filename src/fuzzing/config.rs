@@ -7,8 +7,8 @@ use toml::{Table, Value};
 use crate::config::{Faults, MAX_DURATION, Raw, RawListener, duration};
 use crate::provision::fixed;
 use crate::proxy::listener::Address;
-use crate::tls::RawTls;
 use crate::tls::identity::Rule;
+use crate::tls::{DaemonTls, RawTls};
 
 /// A file is taken or every fault of it is named with its key; what is taken can be written down and means the same
 /// again; no setting is beyond its bounds.
@@ -112,6 +112,7 @@ fn written(raw: &Raw) -> String {
         tls,
         identify,
         proxy_protocol,
+        daemon_tls,
         admin,
         admin_token_file,
         prestop,
@@ -155,6 +156,7 @@ fn written(raw: &Raw) -> String {
     for (name, path) in [("admin_token_file", admin_token_file), ("prestop_token_file", prestop_token_file)] {
         put(name, path.as_ref().map(|path| Value::String(path.display().to_string())));
     }
+    put("daemon_tls", daemon_tls.as_ref().map(DaemonTls::to_toml));
     put("tls", tls.as_ref().map(RawTls::to_toml));
     put("identify", identify.as_ref().map(|rules| Value::Array(rules.iter().map(Rule::to_toml).collect())));
     for (name, value) in [

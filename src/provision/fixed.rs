@@ -10,14 +10,18 @@ use std::future::Future;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{DaemonSpec, Endpoint, Observation, Running};
+use crate::tls::Client;
 
 /// Docker's port for plain TCP.
 pub const DEFAULT_PORT: u16 = 2375;
+/// Docker's port for TLS.
+const TLS_PORT: u16 = 2376;
 
 /// Where somebody said that a daemon listens; a name may stand for several.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -33,14 +37,48 @@ pub enum FixedAddress {
     },
     /// A Unix socket: one daemon.
     Unix(PathBuf),
+    /// A host and port with TLS: as many daemons as it has addresses.
+    Tls {
+        /// A name, in lower case, or an address.
+        host: String,
+        /// The port of each of them.
+        port: u16,
+    },
 }
 
-/// Understands `tcp://host[:port]` (port 2375 when it is missing) and `unix:///path`.
+impl FixedAddress {
+    /// The name that is to be resolved.
+    fn name(&self) -> Option<(&str, u16)> {
+        match self {
+            FixedAddress::Name { host, port } => Some((host, *port)),
+            FixedAddress::Tls { host, port } if host.parse::<IpAddr>().is_err() => Some((host, *port)),
+            _ => None,
+        }
+    }
+}
+
+/// Understands `tcp://host[:port]` (port 2375 when it is missing), `tcp+tls://host[:port]` and `https://host[:port]` (2376),
+/// and `unix:///path`.
 ///
 /// # Errors
 /// A sentence that says what is wrong and what was expected.
 pub fn parse(text: &str) -> Result<FixedAddress, String> {
-    let expected = "expected tcp://host:port or unix:///path";
+    let expected = "expected tcp://host:port, tcp+tls://host:port or unix:///path";
+    for scheme in ["tcp+tls://", "https://"] {
+        if let Some(rest) = text.strip_prefix(scheme) {
+            let bracketed = rest.rfind(']').map_or(rest, |end| &rest[end..]);
+            let port = if bracketed.contains(':') { String::new() } else { format!(":{TLS_PORT}") };
+            let plain = format!("tcp://{}{port}", rest.trim_end_matches('/'));
+            let (host, port) = match parse(&plain).map_err(|fault| fault.replace(&plain, text))? {
+                FixedAddress::Ip(address) => (address.ip().to_string(), address.port()),
+                FixedAddress::Name { host, port } => (host, port),
+                FixedAddress::Unix(_) | FixedAddress::Tls { .. } => {
+                    return Err(format!("`{text}`: {expected}"));
+                }
+            };
+            return Ok(FixedAddress::Tls { host, port });
+        }
+    }
     if let Some(path) = text.strip_prefix("unix://") {
         if !path.starts_with('/') {
             return Err(format!("`{text}`: the path of a Unix socket must be absolute (unix:///path)"));
@@ -101,11 +139,13 @@ pub struct Options {
     pub refresh: Duration,
     /// How long one resolution may take before it counts as failed.
     pub resolve_deadline: Duration,
+    /// Makes the connections to those with TLS.
+    pub tls: Option<Arc<Client>>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { refresh: Duration::from_secs(5), resolve_deadline: Duration::from_secs(5) }
+        Options { refresh: Duration::from_secs(5), resolve_deadline: Duration::from_secs(5), tls: None }
     }
 }
 
@@ -153,29 +193,30 @@ async fn follow<R, F>(
     let mut told: Option<Observation> = None;
     loop {
         let addresses = list.borrow_and_update().clone();
-        let has_names = addresses.iter().any(|address| matches!(address, FixedAddress::Name { .. }));
+        let has_names = addresses.iter().any(|address| address.name().is_some());
         let mut problems = Vec::new();
         for address in &addresses {
-            let FixedAddress::Name { host, port } = address else { continue };
-            let answer = tokio::time::timeout(options.resolve_deadline, resolve(host.clone(), *port)).await;
+            let Some((host, port)) = address.name() else { continue };
+            let answer =
+                tokio::time::timeout(options.resolve_deadline, resolve(host.to_string(), port)).await;
             let fault = match answer {
                 Ok(Ok(found)) if !found.is_empty() => {
-                    known.insert((host.clone(), *port), found);
+                    known.insert((host.to_string(), port), found);
                     continue;
                 }
                 Ok(Ok(_)) => "it has no address".to_string(),
                 Ok(Err(error)) => error.to_string(),
                 Err(_) => format!("no answer within {:?}", options.resolve_deadline),
             };
-            let kept = known.get(&(host.clone(), *port)).map_or(0, Vec::len);
+            let kept = known.get(&(host.to_string(), port)).map_or(0, Vec::len);
             let kept = if kept > 0 { format!("; {kept} known before go on serving") } else { String::new() };
             let problem = format!("cannot resolve {host}: {fault}{kept}");
             if !problems.contains(&problem) {
                 problems.push(problem);
             }
         }
-        let observation =
-            Observation { daemons: daemons(&addresses, &known), problems, ..Observation::default() };
+        let daemons = daemons(&addresses, &known, options.tls.as_ref());
+        let observation = Observation { daemons, problems, ..Observation::default() };
         if told.as_ref() != Some(&observation) {
             if tx.send(observation.clone()).await.is_err() {
                 return;
@@ -197,7 +238,11 @@ async fn follow<R, F>(
 
 /// The daemons behind the addresses, each once, in the order of the list; the addresses of a name are sorted,
 /// because DNS rotates them and a rotation is not a change.
-fn daemons(addresses: &[FixedAddress], known: &BTreeMap<(String, u16), Vec<SocketAddr>>) -> Vec<DaemonSpec> {
+fn daemons(
+    addresses: &[FixedAddress],
+    known: &BTreeMap<(String, u16), Vec<SocketAddr>>,
+    tls: Option<&Arc<Client>>,
+) -> Vec<DaemonSpec> {
     let mut specs: Vec<DaemonSpec> = Vec::new();
     let mut add = |endpoint: Endpoint| {
         if !specs.iter().any(|spec| spec.endpoint.as_ref() == Some(&endpoint)) {
@@ -208,6 +253,20 @@ fn daemons(addresses: &[FixedAddress], known: &BTreeMap<(String, u16), Vec<Socke
         match address {
             FixedAddress::Ip(addr) => add(Endpoint::Tcp(canonical(*addr))),
             FixedAddress::Unix(path) => add(Endpoint::Unix(path.clone())),
+            FixedAddress::Tls { host, port } => {
+                let literal = host.parse::<IpAddr>().ok().map(|ip| vec![SocketAddr::new(ip, *port)]);
+                let found =
+                    literal.or_else(|| known.get(&(host.clone(), *port)).cloned()).unwrap_or_default();
+                let mut found: Vec<SocketAddr> = found.iter().map(|addr| canonical(*addr)).collect();
+                found.sort();
+                // The configuration has been held against both.
+                let Some((client, name)) = tls.and_then(|tls| Some((tls, tls.expects(host).ok()?))) else {
+                    continue;
+                };
+                for address in found {
+                    add(Endpoint::Tls { address, name: name.clone(), client: client.clone() });
+                }
+            }
             FixedAddress::Name { host, port } => {
                 let found = known.get(&(host.clone(), *port)).map(Vec::as_slice).unwrap_or_default();
                 let mut found: Vec<SocketAddr> = found.iter().map(|addr| canonical(*addr)).collect();
@@ -232,8 +291,10 @@ fn canonical(addr: SocketAddr) -> SocketAddr {
 fn spec(endpoint: Endpoint) -> DaemonSpec {
     let (id, source_ips) = match &endpoint {
         // On loopback every client of the machine has that address: it tells nothing.
-        Endpoint::Tcp(addr) if addr.ip().is_loopback() => (addr.to_string(), Vec::new()),
-        Endpoint::Tcp(addr) => (addr.to_string(), vec![addr.ip()]),
+        Endpoint::Tcp(addr) | Endpoint::Tls { address: addr, .. } if addr.ip().is_loopback() => {
+            (addr.to_string(), Vec::new())
+        }
+        Endpoint::Tcp(addr) | Endpoint::Tls { address: addr, .. } => (addr.to_string(), vec![addr.ip()]),
         Endpoint::Unix(path) => (path.display().to_string(), Vec::new()),
     };
     DaemonSpec {
@@ -269,7 +330,7 @@ fn shorten_socket_ids(specs: &mut [DaemonSpec]) {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{Arc, Mutex};
+    use std::sync::Mutex;
 
     use super::*;
 
@@ -307,6 +368,11 @@ mod tests {
         assert_eq!(parse("tcp://[fd00::1]:99"), Ok(ip("[fd00::1]:99")));
         assert_eq!(parse("tcp://[fd00::1]"), Ok(ip("[fd00::1]:2375")));
         assert_eq!(parse("tcp://Dind.CI:99"), Ok(name("dind.ci", 99)));
+        let tls = |host: &str, port| FixedAddress::Tls { host: host.into(), port };
+        assert_eq!(parse("tcp+tls://Dind.CI"), Ok(tls("dind.ci", 2376)));
+        assert_eq!(parse("https://10.0.0.3:99/"), Ok(tls("10.0.0.3", 99)));
+        assert_eq!(parse("tcp+tls://[fd00::1]"), Ok(tls("fd00::1", 2376)));
+        assert!(parse("https://a/b").unwrap_err().contains("`https://a/b`"));
         assert_eq!(parse("unix:///run/docker.sock"), Ok(FixedAddress::Unix("/run/docker.sock".into())));
     }
 
@@ -410,7 +476,7 @@ mod tests {
     fn deep_socket_paths_get_short_ids_where_these_are_unique() {
         let unix = |path: &str| FixedAddress::Unix(path.into());
         let list = [unix("/srv/p/a/docker.sock"), unix("/srv/p/b/docker.sock"), unix("/srv/q/b/docker.sock")];
-        let specs = daemons(&list, &BTreeMap::new());
+        let specs = daemons(&list, &BTreeMap::new(), None);
         let ids: Vec<_> = specs.iter().map(|spec| spec.id.as_str()).collect();
         assert_eq!(ids, ["a/docker.sock", "/srv/p/b/docker.sock", "/srv/q/b/docker.sock"]);
     }
@@ -418,6 +484,6 @@ mod tests {
     #[test]
     fn an_ipv4_address_written_as_ipv6_is_the_same_daemon() {
         let list = [parse("tcp://[::ffff:10.0.0.1]:7").unwrap(), parse("tcp://10.0.0.1:7").unwrap()];
-        assert_eq!(daemons(&list, &BTreeMap::new()).len(), 1);
+        assert_eq!(daemons(&list, &BTreeMap::new(), None).len(), 1);
     }
 }

@@ -13,27 +13,37 @@ pub mod process;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 use std::{fmt, io};
 
-use serde::{Deserialize, Serialize};
+use rustls::pki_types::ServerName;
 use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::engine::autoscaler::{Removal, Step};
 use crate::engine::model::DaemonId;
-use crate::tls::TlsStream;
+use crate::tls::{Client, TlsStream};
 
 /// The longest path of a Unix socket (`sun_path` has 108 bytes, the last of them 0).
 pub const MAX_SOCKET_PATH: usize = 107;
 
 /// Where a daemon listens.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Endpoint {
     /// Plain TCP.
     Tcp(SocketAddr),
     /// A Unix socket on this machine.
     Unix(PathBuf),
+    /// TLS over TCP.
+    Tls {
+        /// Where.
+        address: SocketAddr,
+        /// Whose certificate it must show.
+        name: ServerName<'static>,
+        /// Makes the connection.
+        client: Arc<Client>,
+    },
 }
 
 impl fmt::Display for Endpoint {
@@ -41,6 +51,7 @@ impl fmt::Display for Endpoint {
         match self {
             Endpoint::Tcp(addr) => write!(f, "tcp://{addr}"),
             Endpoint::Unix(path) => write!(f, "unix://{}", path.display()),
+            Endpoint::Tls { address, .. } => write!(f, "tcp+tls://{address}"),
         }
     }
 }
@@ -170,15 +181,21 @@ impl Endpoint {
     /// What connect(2) says; `ConnectionRefused` and `NotFound` mean that no byte reached a daemon.
     pub async fn connect(&self) -> io::Result<Stream> {
         match self {
-            Endpoint::Tcp(addr) => {
-                let stream = TcpStream::connect(addr).await?;
-                stream.set_nodelay(true)?;
-                keepalive(&stream)?;
-                Ok(Stream::Tcp(stream))
+            Endpoint::Tcp(addr) => Ok(Stream::Tcp(connect(*addr).await?)),
+            Endpoint::Tls { address, name, client } => {
+                let stream = connect(*address).await?;
+                Ok(Stream::Tls(Box::new(client.connect(stream, name.clone()).await?)))
             }
             Endpoint::Unix(path) => Ok(Stream::Unix(UnixStream::connect(path).await?)),
         }
     }
+}
+
+async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
+    let stream = TcpStream::connect(address).await?;
+    stream.set_nodelay(true)?;
+    keepalive(&stream)?;
+    Ok(stream)
 }
 
 /// Slots by the limits of a daemon's container, one for two processors and one for 2 GiB: a dockerd in a container sees

@@ -9,6 +9,7 @@
 //! No session is resumed, so no tickets are sent: Docker's clients keep none, and a ticket that nobody has read makes a
 //! reset of a client's close.
 
+pub mod client;
 mod files;
 pub mod identity;
 pub mod make;
@@ -22,6 +23,7 @@ use std::sync::Arc;
 
 use rustls::crypto::CryptoProvider;
 
+pub use client::{Client, DaemonTls};
 pub use files::{Material, describe};
 pub use server::{Server, Visitor};
 pub use settings::{Clients, Plain, RawTls, Settings};

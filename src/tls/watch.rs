@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::client::Client;
 use super::server::{Reloaded, Server};
 use crate::metrics::Metrics;
 use crate::telemetry::unix_time;
@@ -10,26 +11,47 @@ use crate::telemetry::unix_time;
 /// Between two looks. The kubelet takes a minute to bring a Secret into a pod; nobody waits for these seconds.
 const PERIOD: Duration = Duration::from_secs(5);
 
+/// What has files.
+#[derive(Debug, Clone, Default)]
+pub struct Watched {
+    /// The TLS of the listeners.
+    pub servers: Vec<Arc<Server>>,
+    /// That to the daemons.
+    pub client: Option<Arc<Client>>,
+}
+
 /// Looks until it is aborted.
-pub async fn run(servers: Vec<Arc<Server>>, metrics: Metrics) {
-    for server in &servers {
+pub async fn run(watched: Watched, metrics: Metrics) {
+    for server in &watched.servers {
         metrics.certificates(&server.expiries());
     }
     let mut tick = tokio::time::interval(PERIOD);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    while !servers.is_empty() {
+    while !watched.servers.is_empty() || watched.client.is_some() {
         tick.tick().await;
-        look(&servers, &metrics);
+        look(&watched, &metrics);
     }
 }
 
 /// Takes what is new in the files. The files are small, and read at once.
-pub fn look(servers: &[Arc<Server>], metrics: &Metrics) {
-    for server in servers {
+pub fn look(watched: &Watched, metrics: &Metrics) {
+    let count = |result| metrics.certificate_reloads.with_label_values(&[result]).inc();
+    match watched.client.as_ref().map(|client| client.reload()) {
+        None | Some(Ok(false)) => {}
+        Some(Ok(true)) => {
+            count("replaced");
+            tracing::info!("new certificates apply to new connections to daemons");
+        }
+        Some(Err(fault)) => {
+            count("refused");
+            tracing::error!("daemon_tls stays as it was: {fault}");
+        }
+    }
+    for server in &watched.servers {
         match server.reload(unix_time()) {
             Reloaded::Same | Reloaded::StillRefused => {}
             Reloaded::Replaced => {
-                metrics.certificate_reloads.with_label_values(&["replaced"]).inc();
+                count("replaced");
                 let expiries = server.expiries();
                 metrics.certificates(&expiries);
                 for (file, _) in expiries {
@@ -37,7 +59,7 @@ pub fn look(servers: &[Arc<Server>], metrics: &Metrics) {
                 }
             }
             Reloaded::Refused(fault) => {
-                metrics.certificate_reloads.with_label_values(&["refused"]).inc();
+                count("refused");
                 tracing::error!("the certificates stay as they were: {fault}");
             }
         }

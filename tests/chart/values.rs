@@ -65,6 +65,7 @@ fn the_settings_that_have_no_value_of_their_own_are_those_of_config() {
             "admin",
             "admin_token_file",
             "daemons",
+            "daemon_tls",
             "kubernetes",
             "scaler",
             "lease",
