@@ -116,7 +116,11 @@ fn a_local_pool_grows_from_nothing_with_its_queue_and_only_idle_daemons_go() {
     long.ok("docker rmi long");
     wait_until("the pool is empty", secs(60), || scaler(&pool, "replicas") == 0 && pool.daemons().is_empty());
     assert_eq!(data(&pool), Vec::<String>::new(), "what they had went with them");
-    let failed = pool.steps().into_iter().filter(|line| line.contains("failed")).collect::<Vec<_>>();
+    let failed = pool
+        .steps()
+        .into_iter()
+        .filter(|line| line.contains("failed") && !line.ends_with(" 0"))
+        .collect::<Vec<_>>();
     assert_eq!(failed, Vec::<String>::new());
     assert_eq!(pool.status()["problems"], json!([]));
     // And again, under a name that was there before.
