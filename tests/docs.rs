@@ -10,8 +10,8 @@ use dindpool::cli::Cli;
 use dindpool::config::{Faults, Raw, duration};
 
 /// Those with flags.
-const COMMANDS: [&str; 9] =
-    ["serve", "up", "status", "events", "why", "certs", "cordon", "uncordon", "drain"];
+const COMMANDS: [&str; 10] =
+    ["serve", "up", "status", "events", "why", "session", "certs", "cordon", "uncordon", "drain"];
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))

@@ -6,6 +6,7 @@ mod cordon;
 mod events;
 mod scale;
 mod serve;
+mod session;
 mod simulate;
 mod status;
 mod up;
@@ -40,6 +41,8 @@ enum Command {
     Events(events::Events),
     /// Tell why a session is where it is, and what it waits or waited for
     Why(why::Why),
+    /// Open a session of this shell's own, for every client: eval "$(dindpool session)"
+    Session(session::Session),
     /// Let a daemon take no new sessions
     Cordon(cordon::Cordon),
     /// Let a cordoned or drained daemon take sessions again; ends its drain
@@ -201,6 +204,7 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Status(status) => runtime()?.block_on(status.run()),
         Command::Events(events) => runtime()?.block_on(events.run()),
         Command::Why(why) => runtime()?.block_on(why.run()),
+        Command::Session(session) => runtime()?.block_on(session.run()),
         Command::Cordon(cordon) => runtime()?.block_on(cordon.run()),
         Command::Uncordon(uncordon) => runtime()?.block_on(uncordon.run()),
         Command::Drain(drain) => return runtime()?.block_on(drain.run()),

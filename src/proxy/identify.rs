@@ -23,6 +23,8 @@ pub struct ListenerIdentity {
 /// What the connection says about its client.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Source {
+    /// A connection that said once of which session all that follows on it is ([`super::session`]).
+    Session(String),
     /// A machine, a pod, a container.
     Ip(IpAddr),
     /// A process on this machine, recognised by its environment or its POSIX session.
@@ -77,6 +79,10 @@ pub fn identify(
         let key = key(&tenant, "listener", session);
         return Ok(Identity { key, source: None, tenant, interactive: false });
     }
+    if let Source::Session(name) = source {
+        let key = key(&tenant, "name", checked("the session of the connection", name)?);
+        return Ok(Identity { key, source: None, tenant, interactive: false });
+    }
     let header = match header {
         Some(value) => Some(std::str::from_utf8(value).map_err(|_| bad("X-Dindpool-Session"))?),
         None => None,
@@ -94,7 +100,7 @@ pub fn identify(
             let interactive = match source {
                 Source::Process(process) => process.starts_with("posix:"),
                 Source::User(_) => true,
-                Source::Ip(_) | Source::Tls(_) => false,
+                Source::Ip(_) | Source::Tls(_) | Source::Session(_) => false,
             };
             let other = tenant != listener.tenant;
             Identity { key: own, source: other.then_some(bare), tenant, interactive }
@@ -112,6 +118,7 @@ fn source_key(tenant: &Tenant, source: &Source) -> SessionKey {
         },
         Source::User(uid) => key(tenant, "uid", &uid.to_string()),
         Source::Tls(session) => key(tenant, "tls", session),
+        Source::Session(name) => key(tenant, "name", name),
     }
 }
 
@@ -214,6 +221,15 @@ mod tests {
             "buildx says no more than that"
         );
         assert!(!of(None).interactive);
+    }
+
+    #[test]
+    fn a_connection_that_said_whose_it_is_needs_nothing_else() {
+        let source = Source::Session("ci-7".into());
+        let bare = identify(&listener(), &source, &Prefix::default(), None).unwrap();
+        assert_eq!((bare.key.as_str(), bare.source, bare.interactive), ("name:ci-7", None, false));
+        let other = identify(&listener(), &source, &Prefix::default(), Some(b"other")).unwrap();
+        assert_eq!(other.key.as_str(), "name:ci-7", "it is as on a listener of its own");
     }
 
     #[test]

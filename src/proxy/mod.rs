@@ -26,6 +26,7 @@ mod local;
 pub mod peer;
 mod record;
 pub mod relay;
+pub mod session;
 pub mod sniff;
 pub(crate) mod solve;
 pub mod sweep;
@@ -249,6 +250,11 @@ impl Connection {
             Ok(head) => head,
             Err(error) => return Err(self.refuse(&error, false).await),
         };
+        if head.method() == "POST" && head.path() == session::PATH {
+            let (tenant, session) = (tenant.as_deref(), session.as_deref());
+            let prefix = Prefix { tenant, session, project: None, length: prefix_length };
+            return Err(Box::pin(self.enter(&head, &prefix)).await);
+        }
         let mut route = classify(head.method(), head.path(), head.query());
         let said = head
             .header(PROJECT)
@@ -604,6 +610,36 @@ impl Connection {
         }
         let source = self.source.as_ref().ok_or_else(|| Error::new(Kind::Internal, "no source"))?;
         identify(&self.listener, source, prefix, header)
+    }
+
+    /// The connection says whose it is, and is as new from then on ([`session`]).
+    async fn enter(&mut self, head: &RequestHead, prefix: &Prefix<'_>) -> Next {
+        let identity = match self.identify(prefix, head.header(HEADER)).await {
+            Ok(identity) => identity,
+            Err(error) => return self.refuse(&error, false).await,
+        };
+        let named = head.header(HEADER).and_then(|name| std::str::from_utf8(name).ok()).or(prefix.session);
+        let Some(name) = named.filter(|_| has_no_body(head)) else {
+            let message =
+                format!("{} takes a session's name, in X-Dindpool-Session, and no body", session::PATH);
+            return self.refuse(&Error::new(Kind::BadRequest, message), false).await;
+        };
+        let name = name.to_string();
+        tracing::debug!(session = %identity.key, "a connection says whose it is");
+        if self.client.write_all(session::ACCEPTED.as_bytes()).await.is_err() {
+            return Next::Close;
+        }
+        self.source = Some(Source::Session(name));
+        // What its client does not use yet may wait, as between two requests.
+        let Connection { client, proxy, .. } = self;
+        match proxy.drain.unless_stopping(client.peek(4)).await {
+            Some(Ok(first)) if first.starts_with(b"PRI ") => {
+                Box::pin(self.native_h2()).await;
+                Next::Close
+            }
+            Some(Ok(_)) => Next::Request,
+            Some(Err(_)) | None => Next::Close,
+        }
     }
 
     /// The pool's daemon that this client runs on, in a container.
