@@ -12,6 +12,7 @@ use tokio::time::timeout;
 use super::identify::{ListenerIdentity, Source};
 use super::limits::{self, Pass};
 use super::listener::Entry;
+use super::local;
 use super::relay::Side;
 use super::sniff::{self, First};
 use super::{Connection, NEWCOMER, Next, Origin, too_slow};
@@ -191,7 +192,7 @@ impl Connection {
 
     async fn turn_away_with(&mut self, error: Error) -> Next {
         self.proxy.metrics.errors.with_label_values(&[error.fault().as_str()]).inc();
-        limits::tell(&self.proxy.pool, &mut self.client, error).await;
+        limits::tell(local::known(&self.proxy.pool), &mut self.client, error).await;
         Next::Close
     }
 }

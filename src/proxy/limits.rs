@@ -12,11 +12,10 @@ use std::time::{Duration, Instant};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::classify::{self, classify};
-use super::local;
+use super::local::{self, Known};
 use super::relay::{Side, refuse};
 use crate::error::{Error, Kind};
 use crate::metrics::Metrics;
-use crate::pool::Pool;
 
 /// Descriptors that no client gets: listeners, the log, the admin listener's own connections (32, and as many that
 /// watch), connections that are being refused ([`SHEDS`]), looks into /proc.
@@ -218,8 +217,8 @@ impl Gate {
     }
 }
 
-/// Tells a client that is not let in why, if it has a request.
-pub async fn tell(pool: &Pool, client: &mut Side, error: Error) {
+/// Tells a client that is not let in why, if it has a request. `known` is what is known of the daemons.
+pub async fn tell(known: Option<Known>, client: &mut Side, error: Error) {
     let Ok(Ok(Some(head))) = tokio::time::timeout(SHED_TIME, client.read_head()).await else { return };
     let prefix = classify::prefix(head.target()).length;
     let path = head.path().get(prefix..).unwrap_or_default();
@@ -228,7 +227,7 @@ pub async fn tell(pool: &Pool, client: &mut Side, error: Error) {
     let answer = match route.local {
         // BuildKit clients must be refused where they ping: with any answer but 101 to these two, buildx builds with
         // another driver.
-        Some(classify::Local::Ping) => local::ping(pool, head_only, false, Some(error)),
+        Some(classify::Local::Ping) => local::pong(known, head_only, false, Some(error)),
         Some(classify::Local::Grpc) => return,
         _ if route.h2 => return,
         _ => error.response(head_only),

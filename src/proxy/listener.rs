@@ -12,6 +12,7 @@ use tokio::net::{TcpListener, UnixListener};
 
 use super::identify::ListenerIdentity;
 use super::limits::{self, Refused, Spare, is_out_of_descriptors};
+use super::local;
 use super::relay::Side;
 use super::sniff::Network;
 use super::{Origin, Proxy, serve};
@@ -312,7 +313,7 @@ impl Door {
                     let (told, error) = (proxy.clone(), proxy.gate.error(why));
                     proxy.drain.spawn(async move {
                         let _place = place;
-                        limits::tell(&told.pool, &mut Side::new(stream), error).await;
+                        limits::tell(local::known(&told.pool), &mut Side::new(stream), error).await;
                     });
                 }
             }

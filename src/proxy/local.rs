@@ -1,6 +1,7 @@
 //! What the proxy answers itself: `/_ping` and `/version` (design, decisions 2 and 11), and the 101 of `/grpc`.
 
 use std::fmt::Write;
+use std::sync::Arc;
 
 use serde_json::Value;
 
@@ -18,13 +19,22 @@ const UNKNOWN_API: ApiVersion = (1, 41);
 /// would make buildx fall back to pulling `moby/buildkit`. The same with the `refusal` of a
 /// client that cannot be served now.
 pub fn ping(pool: &Pool, head_only: bool, keep_alive: bool, refusal: Option<Error>) -> Vec<u8> {
-    let (api, about) = match pool.about(None) {
-        Some((_, max, about)) => (max, about),
-        None => (UNKNOWN_API, Default::default()),
-    };
     // Work waits for daemons that are on their way.
     let nobody = || (!pool.is_ready() && !pool.expects_room()).then(|| nobody(pool));
-    let refusal = refusal.or_else(nobody);
+    pong(known(pool), head_only, keep_alive, refusal.or_else(nobody))
+}
+
+/// What is known of the daemons: the highest API version, and what they say of themselves.
+pub type Known = (ApiVersion, Arc<About>);
+
+/// What the pool knows of its daemons.
+pub fn known(pool: &Pool) -> Option<Known> {
+    pool.about(None).map(|(_, max, about)| (max, about))
+}
+
+/// As [`ping`], of whoever knows no more than this.
+pub fn pong(known: Option<Known>, head_only: bool, keep_alive: bool, refusal: Option<Error>) -> Vec<u8> {
+    let (api, about) = known.unwrap_or((UNKNOWN_API, Default::default()));
     let (status, content_type, body) = match &refusal {
         None => ("200 OK", "text/plain; charset=utf-8", "OK".to_string()),
         Some(error) => ("429 Too Many Requests", "application/json", error.body()),

@@ -22,7 +22,7 @@ mod isolation;
 pub(crate) mod learn;
 pub mod limits;
 pub mod listener;
-mod local;
+pub(crate) mod local;
 pub mod peer;
 mod record;
 pub mod relay;
@@ -626,6 +626,9 @@ impl Connection {
         };
         let name = name.to_string();
         tracing::debug!(session = %identity.key, "a connection says whose it is");
+        // What follows may carry no path, and belongs to the same tenant.
+        let session = self.listener.session.clone();
+        self.listener = Arc::new(ListenerIdentity { tenant: identity.tenant, session });
         if self.client.write_all(session::ACCEPTED.as_bytes()).await.is_err() {
             return Next::Close;
         }

@@ -16,10 +16,10 @@ pub const PATH: &str = "/dindpool/session";
 pub const ACCEPTED: &str =
     "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: dindpool-session\r\n\r\n";
 
-/// What asks for it.
-pub fn hello(name: &str) -> String {
+/// What asks for it. `prefix` stands before the path and says of which tenant all that follows is (`/t/team-a`).
+pub fn hello(prefix: &str, name: &str) -> String {
     format!(
-        "POST {PATH} HTTP/1.1\r\nHost: dindpool\r\nX-Dindpool-Session: {name}\r\nConnection: Upgrade\r\nUpgrade: \
+        "POST {prefix}{PATH} HTTP/1.1\r\nHost: dindpool\r\nX-Dindpool-Session: {name}\r\nConnection: Upgrade\r\nUpgrade: \
          dindpool-session\r\n\r\n"
     )
 }

@@ -135,7 +135,7 @@ pub struct Exchange {
 /// follows it is still there. No byte is held back, neither side is read while the other has not taken what
 /// came before, and there is no timeout but the one that follows the client's FIN.
 ///
-/// Not cancel-safe: when the future is dropped early, drop both sides too.
+/// When the future is dropped early, both sides are aborted: a FIN could look like the end of a body to either of them.
 pub async fn exchange(
     client: &mut Side,
     daemon: &mut Side,
@@ -162,8 +162,10 @@ pub async fn exchange(
         received: 0,
         heard: false,
         timer: None,
+        unfinished: true,
     };
     let end = poll_fn(|cx| pump.poll(cx)).await;
+    pump.unfinished = false;
     let (status, received) = (pump.status, pump.received);
     let sent = pump.sent.saturating_sub(pump.daemon.pending() as u64);
     pump.timer = None;
@@ -292,6 +294,17 @@ struct Pump<'a, O> {
     /// Whether the daemon has sent anything since the timer was set.
     heard: bool,
     timer: Option<Pin<Box<Sleep>>>,
+    /// How it ends is not known yet.
+    unfinished: bool,
+}
+
+impl<O> Drop for Pump<'_, O> {
+    fn drop(&mut self) {
+        if self.unfinished {
+            self.client.abort();
+            self.daemon.abort();
+        }
+    }
 }
 
 impl<O: Observer> Pump<'_, O> {

@@ -61,7 +61,7 @@ pub mod refusal;
 pub mod tunnel;
 
 #[cfg(test)]
-pub(super) mod testing;
+pub(crate) mod testing;
 
 pub use exchange::{DaemonFailure, Exchange, Observer, Options, Outcome, exchange, refuse};
 pub use framing::Body;

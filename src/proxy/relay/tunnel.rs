@@ -83,17 +83,22 @@ pub struct TunnelEnd {
 /// Relays both ways until both directions have ended. What the sides have buffered goes first, and a FIN that
 /// was read before is passed on. Drop both sides then.
 ///
-/// Not cancel-safe: when the future is dropped early, drop both sides too.
+/// When the future is dropped early, both sides are aborted: a FIN would look like the stream's end to either of them.
 pub async fn tunnel(
     client: &mut Side,
     daemon: &mut Side,
     kind: TunnelKind,
     tap: Option<&mut dyn Tap>,
 ) -> TunnelEnd {
-    let mut duplex = Duplex { client, daemon, kind, tap, up: Half::default(), down: Half::default() };
-    let cause = poll_fn(|cx| duplex.poll(cx)).await;
-    let end = TunnelEnd { cause, up: duplex.up.bytes, down: duplex.down.bytes };
-    let unread = duplex.up.state == State::Refused;
+    let (cause, up, down) = {
+        let (up, down) = (Half::default(), Half::default());
+        let mut duplex = Duplex { client, daemon, kind, tap, up, down, unfinished: true };
+        let cause = poll_fn(|cx| duplex.poll(cx)).await;
+        duplex.unfinished = false;
+        (cause, std::mem::take(&mut duplex.up), std::mem::take(&mut duplex.down))
+    };
+    let end = TunnelEnd { cause, up: up.bytes, down: down.bytes };
+    let unread = up.state == State::Refused;
     match cause {
         TunnelCause::ClientReset => daemon.abort(),
         TunnelCause::DaemonReset => client.abort(),
@@ -140,6 +145,17 @@ struct Duplex<'a, 'b> {
     tap: Option<&'b mut dyn Tap>,
     up: Half,
     down: Half,
+    /// Neither direction's end is known yet.
+    unfinished: bool,
+}
+
+impl Drop for Duplex<'_, '_> {
+    fn drop(&mut self) {
+        if self.unfinished {
+            self.client.abort();
+            self.daemon.abort();
+        }
+    }
 }
 
 impl Duplex<'_, '_> {
@@ -266,6 +282,18 @@ mod tests {
         read_until(&mut daemon, "more").await;
         drop(client);
         assert_eq!(soon(task).await.unwrap().cause, TunnelCause::DaemonFinished);
+    }
+
+    #[tokio::test]
+    async fn a_tunnel_that_is_dropped_ends_cleanly_for_nobody() {
+        for kind in [TunnelKind::Raw, TunnelKind::H2] {
+            let (mut client, mut daemon, task) = world(kind).await;
+            say(&mut client, "half of a file").await;
+            read_until(&mut daemon, "half of a file").await;
+            task.abort();
+            assert_eq!(read_to_end(&mut daemon).await.1, Ending::Rst);
+            assert_eq!(read_to_end(&mut client).await.1, Ending::Rst);
+        }
     }
 
     #[tokio::test]
