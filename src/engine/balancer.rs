@@ -8,6 +8,7 @@ use std::cmp::Ordering;
 
 use super::daemon::Daemon;
 use super::model::DaemonId;
+use super::reason::{COMPARED, Compared, best};
 
 /// A small deterministic generator (SplitMix64, Steele et al. 2014), seeded by the shell.
 #[derive(Debug, Clone)]
@@ -37,21 +38,58 @@ pub(super) fn mix(mut z: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// The daemons with the least expected wait, in the order in which they came.
-pub(super) fn least_wait<'a>(daemons: impl Iterator<Item = &'a Daemon>) -> Vec<&'a Daemon> {
-    let mut equals: Vec<&Daemon> = Vec::new();
-    for daemon in daemons {
-        let order = equals.first().map_or(Ordering::Less, |leader| compare(daemon, leader));
-        match order {
-            Ordering::Less => {
-                equals.clear();
-                equals.push(daemon);
-            }
-            Ordering::Equal => equals.push(daemon),
-            Ordering::Greater => {}
+/// What is compared of a daemon: work against capacity, then leases against capacity.
+#[derive(Debug, Clone, Copy)]
+struct Load {
+    work: u64,
+    leases: u64,
+    capacity: u64,
+}
+
+impl Load {
+    fn of(daemon: &Daemon) -> Self {
+        Load {
+            work: daemon.expected_load(),
+            leases: daemon.sessions.len() as u64,
+            capacity: u64::from(daemon.capacity().max(1)),
         }
     }
-    equals
+
+    /// a/b < c/d without division, so that equal loads are exactly equal.
+    fn compare(&self, other: &Load) -> Ordering {
+        let share = |load: &Load, of: &Load| (load.work * of.capacity, load.leases * of.capacity);
+        share(self, other).cmp(&share(other, self))
+    }
+}
+
+/// Daemons with their loads, each read once for a decision: over a hundred of them that reading is what it costs.
+#[derive(Debug, Clone)]
+pub(super) struct Weighed<'a>(Vec<(Load, &'a Daemon)>);
+
+impl<'a> Weighed<'a> {
+    pub fn new(daemons: impl IntoIterator<Item = &'a Daemon>) -> Self {
+        Weighed(daemons.into_iter().map(|daemon| (Load::of(daemon), daemon)).collect())
+    }
+
+    /// Those with the least expected wait, in the order in which they came.
+    pub fn least(&self) -> Vec<&'a Daemon> {
+        let Some((least, _)) = self.0.iter().min_by(|(a, _), (b, _)| a.compare(b)) else { return Vec::new() };
+        self.0.iter().filter(|(load, _)| load.compare(least).is_eq()).map(|(_, daemon)| *daemon).collect()
+    }
+
+    /// What was compared, `chosen` first: it is one of the `least`, which are as good as each other.
+    pub fn compared(self, chosen: &DaemonId, least: &[&'a Daemon]) -> Vec<Compared> {
+        let is_chosen = |daemon: &Daemon| daemon.id == *chosen;
+        if least.len() >= COMPARED {
+            let others = least.iter().filter(|daemon| !is_chosen(daemon)).take(COMPARED - 1);
+            let chosen = least.iter().filter(|daemon| is_chosen(daemon));
+            return chosen.chain(others).map(|daemon| Compared::of(daemon)).collect();
+        }
+        let order = |(a, x): &(Load, &Daemon), (b, y): &(Load, &Daemon)| {
+            a.compare(b).then_with(|| is_chosen(y).cmp(&is_chosen(x)))
+        };
+        best(self.0, order, |(_, daemon)| Compared::of(daemon))
+    }
 }
 
 /// How often a warm one is drawn for before all are looked at.
@@ -61,7 +99,7 @@ const DRAWS: usize = 8;
 /// are, one is soon drawn; where few are, one walk through both finds them, which are in the order of the daemons'
 /// names.
 pub(super) fn draw<'a>(
-    mut equals: Vec<&'a Daemon>,
+    equals: &[&'a Daemon],
     warm: impl Iterator<Item = &'a DaemonId>,
     is_warm: impl Fn(&DaemonId) -> bool,
     random: &mut Random,
@@ -80,21 +118,16 @@ pub(super) fn draw<'a>(
         };
         let warm: Vec<&Daemon> = equals.iter().copied().filter(is_warm).collect();
         if !warm.is_empty() {
-            equals = warm;
+            return one(&warm, random);
         }
     }
-    let n = equals.len() as u64;
-    (n > 0).then(|| &equals[random.below(n) as usize].id)
+    one(equals, random)
 }
 
-/// Work against capacity, then leases against capacity. a/b < c/d without division, so that equal loads are
-/// exactly equal.
-pub(super) fn compare(a: &Daemon, b: &Daemon) -> Ordering {
-    let load = |d: &Daemon, other: &Daemon| {
-        let capacity = u64::from(other.capacity().max(1));
-        (d.expected_load() * capacity, d.sessions.len() as u64 * capacity)
-    };
-    load(a, b).cmp(&load(b, a))
+/// One of them at random.
+fn one<'a>(daemons: &[&'a Daemon], random: &mut Random) -> Option<&'a DaemonId> {
+    let n = daemons.len() as u64;
+    (n > 0).then(|| &daemons[random.below(n) as usize].id)
 }
 
 /// The daemon that reads of an unbound session go to: always the same one for the same key (rendezvous
@@ -124,14 +157,14 @@ mod tests {
     #[test]
     fn the_least_share_in_use_wins() {
         let pool = [daemon("a", 2, 4), daemon("b", 1, 4), daemon("c", 1, 2)];
-        assert_eq!(least_wait(pool.iter())[0].id.as_str(), "b");
+        assert_eq!(Weighed::new(&pool).least()[0].id.as_str(), "b");
     }
 
     #[test]
     fn leases_without_work_break_a_tie() {
         let mut pool = [daemon("a", 0, 2), daemon("b", 0, 2)];
         pool[0].sessions.insert("k".into());
-        let least: Vec<&str> = least_wait(pool.iter()).iter().map(|d| d.id.as_str()).collect();
+        let least: Vec<&str> = Weighed::new(&pool).least().iter().map(|d| d.id.as_str()).collect();
         assert_eq!(least, ["b"]);
     }
 
@@ -143,7 +176,7 @@ mod tests {
         for _ in 0..3000 {
             *counts
                 .entry(
-                    draw(least_wait(pool.iter()), std::iter::empty(), |_| false, &mut random)
+                    draw(&Weighed::new(&pool).least(), std::iter::empty(), |_| false, &mut random)
                         .unwrap()
                         .clone(),
                 )
@@ -167,9 +200,9 @@ mod tests {
                 })
                 .collect();
             let warm: Vec<DaemonId> = warm.into_iter().map(|i| format!("d{i:02}").into()).collect();
-            let equals = least_wait(pool.iter());
+            let equals = Weighed::new(&pool).least();
             let is_warm = |daemon: &DaemonId| warm.contains(daemon);
-            let drawn = draw(equals.clone(), warm.iter(), is_warm, &mut Random::new(seed)).unwrap();
+            let drawn = draw(&equals, warm.iter(), is_warm, &mut Random::new(seed)).unwrap();
             let load = |d: &Daemon| {
                 let slots = f64::from(d.slots);
                 (f64::from(d.used) / slots, d.sessions.len() as f64 / slots)

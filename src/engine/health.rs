@@ -464,7 +464,10 @@ impl Engine {
         }
         let mut next = now + self.config.deep_probe_interval;
         if matches!(vitals.cause, Some(Cause::Refused | Cause::Silent)) {
-            // It has stopped answering since: that is what this says as well.
+            // It has stopped answering since: that is what this says as well, unless it had written before.
+            if result == DeepProbe::Wrote {
+                vitals.suspicion = Suspicion::None;
+            }
             self.probe_deeply_at(daemon, next, now);
             return;
         }

@@ -3,10 +3,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::balancer;
+use super::balancer::{self, Weighed};
 use super::images::Found;
 use super::model::*;
-use super::reason::{Because, Compared, best, short};
+use super::reason::{Because, short};
 use super::session::Session;
 use super::warm::undoubted;
 use super::{Daemon, Engine};
@@ -268,9 +268,8 @@ impl Engine {
         let there = || daemons.iter().filter_map(|id| self.daemons.get(id));
         let api = acquire.requirements.api;
         let able: Vec<&Daemon> = there().filter(|d| d.takes_sessions() && d.serves(api)).collect();
-        let able = self.apart(acquire, able).into_iter();
-        let least = balancer::least_wait(able);
-        let chosen = balancer::draw(least, std::iter::empty(), |_| false, &mut self.random)
+        let least = Weighed::new(self.apart(acquire, able)).least();
+        let chosen = balancer::draw(&least, std::iter::empty(), |_| false, &mut self.random)
             .cloned()
             // What exists on one daemon only is asked for there, also while it takes no new sessions.
             .or_else(|| there().next().map(|d| d.id.clone()));
@@ -311,21 +310,15 @@ impl Engine {
                 let image = requirements.image.as_ref();
                 image.is_some_and(|image| self.images.is_on(image, &acquire.tenant, d))
             };
-            let least = balancer::least_wait(able.iter().copied());
-            let (equals, room) = (least.len(), least.iter().any(|d| d.has_room()));
-            let Some(chosen) = balancer::draw(least, holders, holds, &mut self.random) else {
+            let weighed = Weighed::new(able);
+            let least = weighed.least();
+            let Some(chosen) = balancer::draw(&least, holders, holds, &mut self.random) else {
                 return Placement::Refuse(self.why_nobody(api));
             };
             // Where all are full it is decided again when a slot comes free.
-            let compared = if room {
-                let order = |a: &&Daemon, b: &&Daemon| {
-                    balancer::compare(a, b).then((b.id == *chosen).cmp(&(a.id == *chosen)))
-                };
-                best(able, order, |d| Compared::of(d))
-            } else {
-                Vec::new()
-            };
-            let because = Because::LeastWait { equals, image: holds(chosen), compared };
+            let room = least.iter().any(|d| d.has_room());
+            let compared = if room { weighed.compared(chosen, &least) } else { Vec::new() };
+            let because = Because::LeastWait { equals: least.len(), image: holds(chosen), compared };
             return Placement::Bind(chosen.clone(), because);
         }
         match balancer::rendezvous(able.into_iter(), acquire.key.as_str()) {

@@ -12,7 +12,7 @@ use super::model::*;
 use super::placement::Placement;
 
 /// How many daemons of a comparison are kept: the best ones.
-const COMPARED: usize = 6;
+pub(super) const COMPARED: usize = 6;
 /// How much of a name that a client chose is kept.
 const LONGEST: usize = 120;
 

@@ -581,6 +581,15 @@ fn a_suspect_that_comes_back_is_looked_into_at_once() {
 }
 
 #[test]
+fn what_a_suspect_wrote_clears_it_also_when_it_has_gone_out_meanwhile() {
+    let mut pool = Pool::of(2, 4);
+    let bad = pool.builds("k1", Time::from_secs(30), Outcome::Erred);
+    pool.refuses(bad.as_str());
+    pool.wrote(bad.as_str(), DeepProbe::Wrote);
+    assert!(!pool.daemon(bad.as_str()).is_doubted());
+}
+
+#[test]
 fn one_that_stays_although_it_cannot_write_is_avoided_and_one_that_writes_late_takes_its_part() {
     let late = DeepProbe::Slow("no answer within 10 s".into());
     for (result, waits) in [(DeepProbe::Failed(FULL.into()), true), (late, false)] {
