@@ -57,6 +57,8 @@ impl Engine {
             Some(_) => return,
             none => *none = Some(Cordon { by, drain: None }),
         }
+        // Without it the best that is left may be one that nobody was to go to as long as this one was there.
+        self.queue.changed = true;
         self.effects.push(Effect::Cordoned { daemon: daemon.clone(), by });
     }
 

@@ -36,6 +36,7 @@ impl Engine {
     pub(super) fn leaving(&mut self, daemon: &DaemonId, until: Time) {
         let Some(d) = self.daemons.get_mut(daemon) else { return };
         if d.leaving.is_none_or(|before| before < until) {
+            self.queue.changed |= d.leaving.is_none(); // As with a cordon.
             d.leaving = Some(until);
             self.timers.insert((until, Timer::Leaving(daemon.clone())));
         }

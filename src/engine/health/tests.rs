@@ -412,6 +412,17 @@ fn a_suspect_with_the_only_free_slot_is_not_given_the_queue_until_it_is_cleared(
 }
 
 #[test]
+fn a_suspect_is_given_the_queue_when_the_one_that_was_waited_for_is_cordoned() {
+    let mut pool = Pool::of(2, 1);
+    let bad = pool.builds("k1", MOMENT, Outcome::Erred);
+    let good = pool.build("k2").unwrap().1;
+    assert_eq!(pool.build("k3"), None);
+    let effects = pool.tell(Event::Cordon { daemon: good, by: CordonedBy::Operator });
+    let granted = |e: &Effect| matches!(e, Effect::Granted { daemon, .. } if *daemon == bad);
+    assert!(effects.iter().any(granted), "{effects:?}");
+}
+
+#[test]
 fn a_recovered_daemon_takes_one_more_session_a_second() {
     let mut pool = Pool::of(1, 8);
     pool.refuses("a");

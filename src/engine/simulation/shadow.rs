@@ -81,6 +81,8 @@ struct Member {
     writes: bool,
     /// The same, and it has answered ever since.
     passive: bool,
+    /// It could not write when it last had to: answers alone may not bring it back, whatever it went out for.
+    failing: bool,
     cordon: Option<CordonedBy>,
     /// The deadline of its drain, while that waits.
     drain: Option<Time>,
@@ -188,7 +190,16 @@ impl Shadow {
                 self.listed(daemon, *began, containers, projects);
             }
             Event::Images { .. } => self.makers.extend(self.builders.iter().cloned()),
-            Event::Timed { .. } | Event::Wrote { .. } => {}
+            Event::Wrote { daemon, result } => {
+                if let Some(member) = self.members.get_mut(daemon) {
+                    match result {
+                        DeepProbe::Failed(_) | DeepProbe::Slow(_) => member.failing = true,
+                        DeepProbe::Wrote => member.failing = false,
+                        DeepProbe::Unsupported | DeepProbe::Unreached => {}
+                    }
+                }
+            }
+            Event::Timed { .. } => {}
             Event::Shared { .. } | Event::Distinct { .. } => {}
             Event::Acquire(_) | Event::Abandon(_) | Event::Growth(_) => {}
             Event::BuildSeen(open) => {
@@ -253,7 +264,8 @@ impl Shadow {
             member.ready = true;
             // It may be back before ([`Shadow::health`]), and is after the longest pause.
             let well = now - *member.well.get_or_insert(now) >= Time::from_secs(60);
-            member.ejected &= member.writes || !well || member.successes < self.config.recover_after;
+            member.ejected &=
+                member.writes || member.failing || !well || member.successes < self.config.recover_after;
         } else {
             member.failures += 1;
             (member.successes, member.well) = (0, None);
