@@ -525,7 +525,8 @@ impl Engine {
             d.used -= slots;
             d.sessions.remove(key);
         }
-        self.held.change(&session.tenant, slots, 0);
+        let tenant = session.tenant.clone();
+        self.held.change(&tenant, slots, 0);
         self.queue.changed = true;
         for group in groups {
             if let Some(siblings) = self.sources.get_mut(&group) {
@@ -536,7 +537,7 @@ impl Engine {
             }
         }
         let lasted = now.saturating_sub(since);
-        self.effects.push(Effect::LeaseEnded { key: key.clone(), lease, daemon, lasted, lost });
+        self.effects.push(Effect::LeaseEnded { key: key.clone(), tenant, lease, daemon, lasted, lost });
     }
 
     fn release(&mut self, open: OpenId, outcome: Outcome, now: Time) {

@@ -640,6 +640,8 @@ pub enum Effect {
     LeaseEnded {
         /// Whose.
         key: SessionKey,
+        /// Who that belonged to.
+        tenant: Tenant,
         /// Which lease.
         lease: LeaseId,
         /// Where it was.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::shared::{Hold, Said};
-use super::{Granted, Handle, Pool};
+use super::{Granted, Handle, Pool, Tally};
 use crate::drain::Signal;
 use crate::engine::model::{Fact, LeaseId, Outcome};
 use crate::provision::Stream;
@@ -90,6 +90,13 @@ impl Lease {
     /// Its stream says that what it was to do has failed.
     pub fn failed(&self) {
         self.failed.store(true, Ordering::Relaxed);
+    }
+
+    /// What the request has come to, for the line that the log has at the lease's end.
+    pub fn count(&self, request: Tally) {
+        if let Some(lease) = self.lease {
+            self.pool.tallies.add(lease, request);
+        }
     }
 
     /// The request has ended in this way.

@@ -19,6 +19,7 @@ pub mod shared;
 pub mod snapshot;
 pub mod status;
 mod survey;
+mod tally;
 mod ticket;
 pub(crate) mod watch;
 pub mod why;
@@ -51,6 +52,8 @@ use journal::{Entry, Happened, Journal};
 pub use lease::Lease;
 use shared::{Hold, Shared};
 use status::{DaemonStatus, QueueStatus, Status};
+use tally::Tallies;
+pub use tally::Tally;
 use ticket::Answer;
 pub use ticket::Ticket;
 
@@ -267,6 +270,8 @@ pub struct Pool {
     newcomers: AtomicU32,
     /// What is to be told of the pool elsewhere.
     words: Mutex<Vec<Note>>,
+    /// What the requests of each lease have come to. Locked for a moment.
+    tallies: Tallies,
     /// What happened lately. Locked last, and for a moment.
     journal: Mutex<Journal>,
     /// This is one proxy of several.
@@ -311,6 +316,7 @@ impl Pool {
             next_log: AtomicU64::new(0),
             newcomers: AtomicU32::new(0),
             words: Mutex::default(),
+            tallies: Tallies::default(),
             journal: Mutex::default(),
             several: AtomicBool::new(false),
             tenures: values::Sender::new(None),
@@ -628,23 +634,33 @@ impl Pool {
             }
             Effect::LeaseStarted { key, lease, daemon } => {
                 self.metrics.leases.inc();
-                tracing::info!(session = %key, lease = lease.number, %daemon, "session bound");
-                let why = state.engine.session(&key).and_then(|s| s.home.as_ref()?.why.clone());
+                self.tallies.begin(lease);
+                let session = state.engine.session(&key);
+                let tenant = session.map(|s| tracing::field::display(&s.tenant));
+                tracing::info!(session = %key, tenant, lease = lease.number, %daemon, "session bound");
+                let why = session.and_then(|s| s.home.as_ref()?.why.clone());
                 let message = why.map_or_else(|| "bound".into(), |why| format!("bound: {}", why.because));
                 self.record(Entry::new(Happened::Bound, message).on(&daemon).of(&key));
             }
-            Effect::LeaseEnded { key, lease, daemon, lasted, lost } => {
+            Effect::LeaseEnded { key, tenant, lease, daemon, lasted, lost } => {
                 let seconds = lasted.as_secs_f64();
-                if lost {
+                let Tally { requests, waited, up, down } = self.tallies.end(lease);
+                let waited_ms = waited.as_millis() as u64;
+                let (kind, message) = if lost {
                     self.metrics.leases_lost.inc();
-                    tracing::warn!(session = %key, lease = lease.number, %daemon, seconds, "session lost");
-                    let message = "its daemon has gone, and everything on it";
-                    self.record(Entry::new(Happened::Lost, message).on(&daemon).of(&key));
+                    tracing::warn!(
+                        session = %key, %tenant, lease = lease.number, %daemon, requests, waited_ms, seconds, up, down,
+                        outcome = "lost", "session lost"
+                    );
+                    (Happened::Lost, "its daemon has gone, and everything on it".to_string())
                 } else {
-                    tracing::info!(session = %key, lease = lease.number, %daemon, seconds, "lease ended");
-                    let message = format!("nothing of it was left after {seconds:.0} s");
-                    self.record(Entry::new(Happened::Ended, message).on(&daemon).of(&key));
-                }
+                    tracing::info!(
+                        session = %key, %tenant, lease = lease.number, %daemon, requests, waited_ms, seconds, up, down,
+                        outcome = "done", "lease ended"
+                    );
+                    (Happened::Ended, format!("nothing of it was left after {seconds:.0} s"))
+                };
+                self.record(Entry::new(kind, message).on(&daemon).of(&key).by(&tenant));
             }
             Effect::Built { key, tenant, daemon, outcome, lasted } => {
                 let message =

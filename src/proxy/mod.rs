@@ -65,7 +65,7 @@ use crate::engine::model::{
 };
 use crate::error::{Error, Kind};
 use crate::metrics::{Counted, Metrics};
-use crate::pool::{Handle, Lease, Pool, Want};
+use crate::pool::{Handle, Lease, Pool, Tally, Want};
 use crate::provision::Stream;
 
 /// The largest create body that is read ahead. dockerd has no limit of its own; compose's are a few kilobytes.
@@ -861,6 +861,10 @@ impl Connection {
     fn done(&self, route: &Route, who: &Who, lease: Option<&Lease>, record: &Record, outcome: &'static str) {
         let took = record.began.elapsed();
         self.proxy.metrics.finished(class_word(route.class), outcome, took);
+        if let Some(lease) = lease {
+            let Record { waited, up, down, .. } = *record;
+            lease.count(Tally { requests: 1, waited, up, down });
+        }
         tracing::info!(
             request = record.number,
             trace = record.trace().map(tracing::field::display),

@@ -107,6 +107,7 @@ fn a_request_has_one_line_with_its_trace_and_its_number_is_in_its_error() {
     let pool = Pool::serve([&fake.addr])
         .env("DINDPOOL_LOG_LEVEL", "info")
         .env("DINDPOOL_LOG_FORMAT", "json")
+        .env("DINDPOOL_SESSION_GRACE", "1s")
         .start();
     pool.wait_healthy(1, secs(20));
     let ask = |line: &str, header: &str| {
@@ -118,19 +119,27 @@ fn a_request_has_one_line_with_its_trace_and_its_number_is_in_its_error() {
     let header = format!("traceparent: {trace}\r\nX-Dindpool-Session: traced\r\n");
     let (status, _) = ask("POST /v1.44/containers/create?name=rude", &header);
     assert_eq!(status, 500);
-    let line = |has: &str| {
-        let log = pool.log();
-        let lines = log.lines().filter(|l| l.contains(has) && l.contains("\"message\":\"request\""));
+    let told = |message: &str| {
+        let (log, message) = (pool.log(), format!("\"message\":\"{message}\""));
+        let lines = log.lines().filter(|l| l.contains("name:traced") && l.contains(&message));
         lines.map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap()).collect::<Vec<_>>()
     };
-    wait_until("the request is in the log", secs(10), || !line("name:traced").is_empty());
-    let lines = line("name:traced");
+    wait_until("the request is in the log", secs(10), || !told("request").is_empty());
+    let lines = told("request");
     assert_eq!(lines.len(), 1, "{lines:?}");
     assert_eq!((&lines[0]["trace"], &lines[0]["tenant"]), (&json!(trace), &json!("default")));
     for field in ["request", "waited_ms", "ms", "up", "down"] {
         assert!(lines[0][field].is_u64(), "{field}: {}", lines[0]);
     }
     assert!(lines[0]["up"].as_u64() > Some(4) && lines[0]["down"].as_u64() > Some(4), "{}", lines[0]);
+    // Its session has been that one request.
+    wait_until("the session is in the log", secs(20), || !told("lease ended").is_empty());
+    let session = &told("lease ended")[0];
+    assert_eq!((&session["requests"], &session["outcome"]), (&json!(1), &json!("done")), "{session}");
+    for field in ["session", "tenant", "daemon", "waited_ms", "up", "down"] {
+        assert_eq!(session[field], lines[0][field], "{field}: {session}");
+    }
+    assert!(session["seconds"].is_f64() && session["lease"].is_u64(), "{session}");
     let seen = fake.seen_with("name=rude");
     assert!(String::from_utf8_lossy(&seen[0].raw).contains(&format!("traceparent: {trace}\r\n")));
     // An error of the proxy's own names the number of its line.
