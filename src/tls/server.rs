@@ -15,6 +15,7 @@ use super::identity::{Facts, is_for};
 use super::settings::{Clients, Settings};
 use super::verify::{Judge, verifiers};
 use super::{TlsStream, Wire, provider};
+use crate::telemetry::unix_time;
 
 /// How long a client that failed is listened to, so that it reads why: unread bytes would make a reset of the close.
 const DRAIN: Duration = Duration::from_secs(1);
@@ -52,6 +53,13 @@ struct Current {
     judge: Option<Judge>,
     /// File and date of expiry of each certificate.
     expiries: Vec<(String, i64)>,
+}
+
+impl Current {
+    /// The file of a certificate that has expired by then.
+    fn expired(&self, now: i64) -> Option<&str> {
+        self.expiries.iter().find(|(_, expires)| *expires <= now).map(|(file, _)| file.as_str())
+    }
 }
 
 #[derive(Debug, Default)]
@@ -99,6 +107,11 @@ impl Server {
         &self.settings
     }
 
+    /// Whether a certificate has expired by then: its file.
+    pub fn expired(&self, now: i64) -> Option<String> {
+        self.current().expired(now).map(str::to_owned)
+    }
+
     /// The file of each certificate and when that expires, in seconds since 1970.
     pub fn expiries(&self) -> Vec<(String, i64)> {
         self.current().expiries.clone()
@@ -124,7 +137,7 @@ impl Server {
         }
         match current(&material, &self.settings) {
             Ok(new) => {
-                if let Some((file, _)) = new.expiries.iter().find(|(_, expires)| *expires <= now) {
+                if let Some(file) = new.expired(now) {
                     let fault = format!("{file} has expired already");
                     return self.refuse(Some(material), fault);
                 }
@@ -167,7 +180,7 @@ impl Server {
                     let _ = tokio::io::copy(&mut wire.take(DRAIN_BYTES), &mut tokio::io::sink()).await;
                 };
                 let _ = tokio::time::timeout(DRAIN, drain).await;
-                Err(why(&error))
+                Err(why(&error, current.expired(unix_time())))
             }
         }
     }
@@ -236,13 +249,24 @@ impl ResolvesServerCert for BySni {
     }
 }
 
-/// Why a handshake failed, and what to do.
-fn why(error: &io::Error) -> String {
+/// Why a handshake failed, and what to do. `expired` is a certificate of the listener that has.
+fn why(error: &io::Error, expired: Option<&str>) -> String {
     use AlertDescription as Alert;
     let tls = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
     match tls {
+        // Most clients, those in Go among them, have one word for all that is wrong with a certificate.
         Some(rustls::Error::AlertReceived(
-            Alert::BadCertificate | Alert::UnknownCA | Alert::CertificateUnknown | Alert::UnsupportedCertificate,
+            Alert::BadCertificate | Alert::CertificateUnknown | Alert::CertificateExpired,
+        )) if expired.is_some() => {
+            let file = expired.unwrap_or_default();
+            format!("{file} has expired, and clients refuse it: renew it (`dindpool certs` renews what it made)")
+        }
+        Some(rustls::Error::AlertReceived(
+            Alert::BadCertificate
+            | Alert::UnknownCA
+            | Alert::CertificateUnknown
+            | Alert::UnsupportedCertificate
+            | Alert::DecryptError, // of a CA with the same name as the one that the client trusts
         )) => "the client does not trust this listener's certificate: give it the CA that issued it (ca=ca.pem), and \
                see that the certificate is for the host that the client uses"
             .into(),

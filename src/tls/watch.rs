@@ -24,6 +24,11 @@ pub struct Watched {
 pub async fn run(watched: Watched, metrics: Metrics) {
     for server in &watched.servers {
         metrics.certificates(&server.expiries());
+        if let Some(file) = server.expired(unix_time()) {
+            tracing::error!(
+                "{file} has expired, so no client takes it: renew it (`dindpool certs` renews what it made)"
+            );
+        }
     }
     let mut tick = tokio::time::interval(PERIOD);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);

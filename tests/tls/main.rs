@@ -81,6 +81,24 @@ impl Lab {
         )
     }
 
+    /// Another pool of its daemons, which takes TLS only, with the certificates of this directory.
+    fn guarded(&self, certs: &Path) -> Pool {
+        let file = |name: &str| certs.join("server").join(name).display().to_string();
+        let toml = format!(
+            "[tls]\ncertificates = [{{ cert = '{}', key = '{}' }}]\nclient_ca = '{}'\nplain = 'refused'\n",
+            file("cert.pem"),
+            file("key.pem"),
+            file("ca.pem")
+        );
+        let config = self.pool.dir().join(format!("{}.toml", common::unique()));
+        std::fs::write(&config, toml).unwrap();
+        let behind = self.pool.daemons();
+        let guarded = Pool::serve(behind.iter().map(|d| &d.addr));
+        let guarded = guarded.env("DINDPOOL_CONFIG", config.to_str().unwrap()).start();
+        guarded.wait_healthy(2, secs(20));
+        guarded
+    }
+
     fn handshakes(&self, result: &str) -> f64 {
         self.pool.metric(&format!("dindpool_tls_handshakes_total{{result=\"{result}\"}}"))
     }

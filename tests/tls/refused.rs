@@ -1,6 +1,10 @@
 //! Who is refused, and what they and the operator read.
 
 use std::fs;
+use std::path::Path;
+
+use dindpool::tls::make::{Order, make};
+use time::OffsetDateTime;
 
 use super::common::client::{self, Session};
 use super::common::http;
@@ -10,8 +14,10 @@ use super::common::{secs, wait_until};
 use super::{Lab, make_certs};
 
 pub fn add<'a>(all: &mut Scenarios<'a>, lab: &'a Lab) {
-    all.add("no certificate, a wrong CA, an expired certificate: each reads what to do", || {
-        certificates(lab)
+    all.add("no certificate, or one of a wrong CA: each reads what to do", || certificates(lab));
+    all.add("an expired certificate of a client: it reads what to do, and doing that helps", || expired(lab));
+    all.add("an expired certificate of the pool: the client reads it, and the log what to do", || {
+        expired_pool(lab)
     });
     all.add("a client that does not trust the pool's certificate", || untrusted(lab));
     all.add("where TLS is required, a plain client reads how to use it", || plain(lab));
@@ -19,7 +25,7 @@ pub fn add<'a>(all: &mut Scenarios<'a>, lab: &'a Lab) {
 }
 
 /// What a client of each kind reads.
-fn reads(lab: &Lab, files: &std::path::Path, words: &str) {
+fn reads(lab: &Lab, files: &Path, words: &str) {
     for flavour in [client::BUILDX_29, client::CLI_28, client::CLI_20] {
         let t = lab.without_context(flavour);
         t.ok(&lab.create_context("bad", files));
@@ -49,6 +55,66 @@ fn certificates(lab: &Lab) {
     assert!(lab.pool.metric("dindpool_tls_refused_total{reason=\"certificate\"}") >= 7.0);
 }
 
+/// Certificates of the same CA that expired ten days ago.
+fn old_certs(ca: &Path) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    fs::create_dir(dir.path().join("ca")).unwrap();
+    for file in ["ca/cert.pem", "ca/key.pem"] {
+        fs::copy(ca.join(file), dir.path().join(file)).unwrap();
+    }
+    let (directory, hosts) = (dir.path().into(), vec!["127.0.0.1".into()]);
+    let order = Order { directory, hosts, client: "client".into(), days: 20 };
+    make(&order, OffsetDateTime::now_utc() - time::Duration::days(30)).unwrap();
+    dir
+}
+
+fn expired(lab: &Lab) {
+    let old = old_certs(&lab.certs());
+    let files = old.path().join("client");
+    reads(lab, &files, "your client certificate expired on");
+    let host = lab.pool.host();
+    let t = Session::with(&host, client::CLI_28)
+        .env("DOCKER_TLS_VERIFY", "1")
+        .env("DOCKER_CERT_PATH", files.to_str().unwrap())
+        .open();
+    let out = t.fails("docker ps");
+    assert!(out.stderr.contains("renew it (`dindpool certs` renews what it made)"), "{}", out.stderr);
+    make_certs(old.path(), &[]);
+    t.ok("docker ps");
+}
+
+fn expired_pool(lab: &Lab) {
+    let old = old_certs(&lab.certs());
+    let guarded = lab.guarded(old.path());
+    let file = old.path().join("server/cert.pem").display().to_string();
+    wait_until("the log says so at once", secs(5), || {
+        guarded.log().contains(&format!("{file} has expired, so no client takes it: renew it"))
+    });
+    let terminals = [client::BUILDX_29, client::CLI_20].map(|flavour| {
+        Session::with(&guarded.host(), flavour)
+            .env("DOCKER_TLS_VERIFY", "1")
+            .env("DOCKER_CERT_PATH", lab.client_files().to_str().unwrap())
+            .open()
+    });
+    for t in &terminals {
+        t.context("ctx", "FROM scratch\nCOPY Dockerfile /\n");
+        for command in ["docker ps", "docker build ctx"] {
+            let out = t.fails(command);
+            assert!(out.stderr.contains("certificate has expired"), "{command}: {}", out.stderr);
+        }
+    }
+    wait_until("the log names the remedy", secs(5), || {
+        guarded.log().contains(&format!("{file} has expired, and clients refuse it: renew it"))
+    });
+    // Which helps without a restart.
+    make_certs(old.path(), &[]);
+    guarded.reload();
+    for t in &terminals {
+        wait_until("it is trusted", secs(20), || t.run("docker ps").code == 0);
+        t.ok("docker build ctx");
+    }
+}
+
 fn untrusted(lab: &Lab) {
     let other = tempfile::tempdir().unwrap();
     make_certs(other.path(), &["--host", "x"]);
@@ -61,21 +127,7 @@ fn untrusted(lab: &Lab) {
 }
 
 fn plain(lab: &Lab) {
-    let dir = tempfile::tempdir().unwrap();
-    let server = lab.certs().join("server");
-    let file = |name: &str| server.join(name).display().to_string();
-    let config = dir.path().join("config.toml");
-    let toml = format!(
-        "[tls]\ncertificates = [{{ cert = '{}', key = '{}' }}]\nclient_ca = '{}'\nplain = 'refused'\n",
-        file("cert.pem"),
-        file("key.pem"),
-        file("ca.pem")
-    );
-    fs::write(&config, toml).unwrap();
-    let behind = lab.pool.daemons();
-    let guarded =
-        Pool::serve(behind.iter().map(|d| &d.addr)).env("DINDPOOL_CONFIG", config.to_str().unwrap()).start();
-    guarded.wait_healthy(2, secs(20));
+    let guarded = lab.guarded(&lab.certs());
     let words = "this listener takes TLS only: use `docker context create";
     for flavour in [client::BUILDX_29, client::CLI_28, client::CLI_20] {
         let t = Session::new(&guarded.host(), flavour);
