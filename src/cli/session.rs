@@ -4,6 +4,7 @@
 //! connection on to the pool byte by byte. Before that it says once whose the connection is ([`crate::proxy::session`]), so
 //! nothing depends on what the client can say. Whoever may open the socket's folder is in the session: that is this user.
 
+mod context;
 mod relay;
 
 use std::os::unix::fs::DirBuilderExt;
@@ -17,16 +18,15 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
-use self::relay::{Host, PATIENCE, READY, Relay, enter};
+use self::context::{Environment, Found};
+use self::relay::{Host, PATIENCE, Pool, READY, Relay, enter};
 use crate::admin::token::Token;
 use crate::app::say;
 
-/// Where a pool listens unless something else is said.
-const HOST: &str = "tcp://127.0.0.1:2375";
 /// How many characters a key has that nobody chose.
 const KEY: usize = 20;
-/// What the shell's DOCKER_HOST was.
-const BEFORE: &str = "DINDPOOL_SESSION_BEFORE";
+/// What tells the shell's clients where their daemon is. Those of TLS would have them speak it to the session's socket.
+const DOCKER: [&str; 4] = ["DOCKER_HOST", "DOCKER_TLS_VERIFY", "DOCKER_TLS", "DOCKER_CERT_PATH"];
 
 #[derive(Debug, Args)]
 #[command(args_conflicts_with_subcommands = true)]
@@ -39,9 +39,14 @@ pub struct Session {
 
 #[derive(Debug, Args)]
 struct Open {
-    /// The pool: tcp://host:port or unix:///path [default: DOCKER_HOST, else tcp://127.0.0.1:2375]
+    /// The pool: tcp://host:port or unix:///path [default: DOCKER_HOST, else the docker context in use, else
+    /// tcp://127.0.0.1:2375]
     #[arg(long, env = "DINDPOOL_POOL", value_name = "ADDR")]
     pool: Option<String>,
+    /// For a pool with TLS: a directory with its ca.pem, and the cert.pem and key.pem that it wants [default:
+    /// DOCKER_CERT_PATH with DOCKER_TLS_VERIFY, else those of the context]
+    #[arg(long, env = "DINDPOOL_POOL_TLS_DIR", value_name = "DIR")]
+    tls_dir: Option<PathBuf>,
     /// The session's name, to be in it from several machines [default: one that nobody can guess]
     #[arg(long, value_name = "NAME", allow_hyphen_values = true)]
     key: Option<String>,
@@ -71,11 +76,11 @@ impl Session {
 
 impl Open {
     async fn run(self) -> anyhow::Result<()> {
-        let before = variable("DOCKER_HOST");
-        // A session within a session is one of the same pool.
-        let outer = variable("DINDPOOL_SESSION_HOST").or_else(|| before.clone());
-        let host = self.pool.or(outer).unwrap_or_else(|| HOST.to_string());
+        let Found { host, tls } =
+            context::find(self.pool, self.tls_dir, &variable).map_err(anyhow::Error::msg)?;
         let host: Host = host.parse().map_err(anyhow::Error::msg)?;
+        let tls = tls.map(std::path::absolute).transpose()?;
+        let pool = Pool::new(host, tls).map_err(anyhow::Error::msg)?;
         let name = match self.key {
             Some(name) => name,
             None => Token::random().context("no random numbers")?.secret().chars().take(KEY).collect(),
@@ -83,19 +88,19 @@ impl Open {
         // It becomes a line of a request's head.
         anyhow::ensure!(!name.chars().any(char::is_control), "--key: it has a character that no name has");
         // Whatever is wrong is said here, where somebody reads it.
-        drop(enter(&host, &name).await?);
+        drop(enter(&pool, &name).await?);
         let pid = self.with_pid.unwrap_or_else(|| nix::unistd::getppid().as_raw());
         let dir = Folder::new()?;
-        start(&dir.0, &host, &name, pid).await?;
-        say(&exports(&dir.keep(), &host, &name, before.as_deref()));
+        start(&dir.0, &pool, &name, pid).await?;
+        say(&exports(&dir.keep(), &pool, &name, &variable));
         Ok(())
     }
 }
 
 /// Starts the process in the background, and waits until it listens.
-async fn start(dir: &Path, host: &Host, name: &str, pid: i32) -> anyhow::Result<()> {
+async fn start(dir: &Path, pool: &Pool, name: &str, pid: i32) -> anyhow::Result<()> {
     let mut command = std::process::Command::new(std::env::current_exe()?);
-    command.args(Relay::arguments(dir, host, pid)).current_dir("/");
+    command.args(Relay::arguments(dir, pool, pid)).current_dir("/");
     // Ctrl-C in the shell is not for it.
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).process_group(0);
     let mut relay =
@@ -119,22 +124,34 @@ async fn start(dir: &Path, host: &Host, name: &str, pid: i32) -> anyhow::Result<
 }
 
 /// For the shell to evaluate. Nothing in it needs quotes that has not got them.
-fn exports(dir: &Path, host: &Host, name: &str, before: Option<&str>) -> String {
-    [
+fn exports(dir: &Path, pool: &Pool, name: &str, environment: &impl Environment) -> String {
+    let tls = pool.tls_dir().map(|tls| tls.display().to_string());
+    let mut lines: Vec<String> =
+        DOCKER.iter().map(|of| set(&before(of), environment.variable(of).as_deref())).collect();
+    lines.extend([
         export("DOCKER_HOST", &format!("unix://{}", dir.join("docker.sock").display())),
+        format!("unset {}", DOCKER[1..].join(" ")),
         export("DINDPOOL_SESSION", name),
-        export("DINDPOOL_SESSION_HOST", &host.to_string()),
+        export("DINDPOOL_SESSION_HOST", &pool.host().to_string()),
+        set("DINDPOOL_SESSION_TLS_DIR", tls.as_deref()),
         export("DINDPOOL_SESSION_DIR", &dir.display().to_string()),
-        set(BEFORE, before),
-    ]
-    .join("\n")
+    ]);
+    lines.join("\n")
+}
+
+/// Where it stands what a variable was before the session.
+fn before(variable: &str) -> String {
+    variable.replacen("DOCKER", "DINDPOOL_SESSION_BEFORE", 1)
 }
 
 /// What undoes that. The shell's clients go where they went before; never to the pool all at once, where a `docker system
 /// prune` that was meant for this machine would be everybody's.
-fn undone(before: Option<&str>) -> String {
-    let own = "DINDPOOL_SESSION DINDPOOL_SESSION_HOST DINDPOOL_SESSION_DIR";
-    format!("{}\nunset {own} {BEFORE}", set("DOCKER_HOST", before))
+fn undone(environment: &impl Environment) -> String {
+    let mut lines: Vec<String> =
+        DOCKER.iter().map(|of| set(of, environment.variable(&before(of)).as_deref())).collect();
+    let own = "DINDPOOL_SESSION DINDPOOL_SESSION_HOST DINDPOOL_SESSION_TLS_DIR DINDPOOL_SESSION_DIR";
+    lines.push(format!("unset {own} {}", DOCKER.map(before).join(" ")));
+    lines.join("\n")
 }
 
 fn set(variable: &str, value: Option<&str>) -> String {
@@ -190,7 +207,7 @@ async fn end() -> anyhow::Result<()> {
     if let Ok(mut control) = UnixStream::connect(Path::new(&dir).join("end.sock")).await {
         let _ = timeout(PATIENCE, control.read_to_end(&mut said)).await;
     }
-    say(&undone(variable(BEFORE).as_deref()));
+    say(&undone(&variable));
     Ok(())
 }
 
@@ -198,21 +215,47 @@ async fn end() -> anyhow::Result<()> {
 mod tests {
     use super::*;
 
+    fn pool() -> Pool {
+        Pool::new("tcp://h:1".parse().unwrap(), None).unwrap()
+    }
+
+    fn none(_: &str) -> Option<String> {
+        None
+    }
+
     #[test]
     fn what_a_shell_evaluates_is_quoted() {
-        let host = "tcp://h:1".parse().unwrap();
-        let text = exports(Path::new("/tmp/a'b"), &host, "$(x)", Some("unix:///a b"));
+        let environment = |name: &str| (name == "DOCKER_HOST").then(|| "unix:///a b".to_string());
+        let text = exports(Path::new("/tmp/a'b"), &pool(), "$(x)", &environment);
         assert!(text.contains("export DOCKER_HOST='unix:///tmp/a'\\''b/docker.sock'"), "{text}");
         assert!(text.contains("export DINDPOOL_SESSION='$(x)'"), "{text}");
-        assert!(text.contains("export DINDPOOL_SESSION_BEFORE='unix:///a b'"), "{text}");
+        assert!(text.contains("export DINDPOOL_SESSION_BEFORE_HOST='unix:///a b'"), "{text}");
     }
 
     #[test]
     fn the_end_gives_back_what_was_there_before() {
-        assert!(undone(Some("tcp://h:1")).starts_with("export DOCKER_HOST='tcp://h:1'\n"));
-        assert!(undone(None).starts_with("unset DOCKER_HOST\n"));
+        for (of, value) in
+            [("DOCKER_HOST", "tcp://h:1"), ("DOCKER_TLS_VERIFY", "1"), ("DOCKER_CERT_PATH", "/c")]
+        {
+            let begun =
+                exports(Path::new("/d"), &pool(), "n", &|name: &str| (name == of).then(|| value.to_string()));
+            assert!(begun.contains(&format!("export {}='{value}'", before(of))), "{begun}");
+            let ended = undone(&|name: &str| (name == before(of)).then(|| value.to_string()));
+            assert!(ended.contains(&format!("export {of}='{value}'\n")), "{ended}");
+        }
         // A session without a DOCKER_HOST before it, within one that had one.
-        let host = "tcp://h:1".parse().unwrap();
-        assert!(exports(Path::new("/d"), &host, "n", None).ends_with("\nunset DINDPOOL_SESSION_BEFORE"));
+        let begun = exports(Path::new("/d"), &pool(), "n", &none);
+        let ended = undone(&none);
+        for of in DOCKER {
+            assert!(begun.contains(&format!("unset {}\n", before(of))), "{begun}");
+            assert!(ended.contains(&format!("unset {of}\n")), "{ended}");
+        }
+    }
+
+    /// They would speak TLS to the session's socket.
+    #[test]
+    fn within_a_session_no_client_is_told_of_tls() {
+        let begun = exports(Path::new("/d"), &pool(), "n", &|_: &str| Some("x".to_string()));
+        assert!(begun.contains("\nunset DOCKER_TLS_VERIFY DOCKER_TLS DOCKER_CERT_PATH\n"), "{begun}");
     }
 }

@@ -1,4 +1,4 @@
-//! TLS to the daemons: `dockerd --tlsverify`, as docker:dind listens on 2376.
+//! TLS to the daemons: `dockerd --tlsverify`, as docker:dind listens on 2376. And to a pool, for who is its client.
 
 use std::io;
 use std::net::IpAddr;
@@ -80,9 +80,17 @@ impl DaemonTls {
     }
 }
 
-/// Makes TLS connections to daemons.
+/// Who is at the other end: what is to be done about a failure depends on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Peer {
+    Daemon,
+    Pool,
+}
+
+/// Makes TLS connections to daemons, or to a pool.
 #[derive(Debug)]
 pub struct Client {
+    peer: Peer,
     settings: DaemonTls,
     current: RwLock<Current>,
 }
@@ -116,12 +124,26 @@ impl Client {
     /// # Errors
     /// What is wrong with them.
     pub fn new(settings: DaemonTls) -> Result<Client, String> {
+        Client::of(Peer::Daemon, settings)
+    }
+
+    /// Reads the files of a `DOCKER_CERT_PATH`, to reach a pool: `ca.pem`, and `cert.pem` and `key.pem` if they are there.
+    ///
+    /// # Errors
+    /// What is wrong with them.
+    pub fn of_pool(directory: &Path) -> Result<Client, String> {
+        let DaemonTls { ca, pair, name } = DaemonTls::of(directory);
+        let pair = pair.filter(|pair| pair.cert.exists() || pair.key.exists());
+        Client::of(Peer::Pool, DaemonTls { ca, pair, name })
+    }
+
+    fn of(peer: Peer, settings: DaemonTls) -> Result<Client, String> {
         if let Some(name) = &settings.name {
             server_name(name)?;
         }
         let material = material(&settings)?;
         let config = config(&settings, &material)?;
-        Ok(Client { settings, current: RwLock::new(Current { material, refused: None, config }) })
+        Ok(Client { peer, settings, current: RwLock::new(Current { material, refused: None, config }) })
     }
 
     /// Takes what is new in the files, for connections that begin from then on. Whether something was taken.
@@ -165,8 +187,14 @@ impl Client {
     /// Why there is none, with what to do.
     pub async fn connect(&self, stream: TcpStream, name: ServerName<'static>) -> io::Result<TlsStream> {
         let config = self.current.read().unwrap_or_else(PoisonError::into_inner).config.clone();
-        let stream = TlsConnector::from(config).connect(name, Wire::new(stream, Vec::new())).await;
-        stream.map(TlsStream::from).map_err(|error| io::Error::new(error.kind(), why(&error)))
+        let explain = match self.peer {
+            Peer::Daemon => |error| explained(Peer::Daemon, error),
+            Peer::Pool => |error| explained(Peer::Pool, error),
+        };
+        match TlsConnector::from(config).connect(name, Wire::new(stream, Vec::new())).await {
+            Ok(stream) => Ok(TlsStream::of_client(stream, explain)),
+            Err(error) => Err(explain(error)),
+        }
     }
 }
 
@@ -202,29 +230,165 @@ fn config(settings: &DaemonTls, material: &[Vec<u8>]) -> Result<Arc<ClientConfig
     Ok(Arc::new(config))
 }
 
-/// Why a daemon's handshake failed, and what to do.
-fn why(error: &io::Error) -> String {
+/// The same error, saying what to do about it if it is one of TLS.
+fn explained(peer: Peer, error: io::Error) -> io::Error {
+    match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
+        Some(tls) => io::Error::new(error.kind(), format!("TLS: {}", why(peer, tls))),
+        None => error,
+    }
+}
+
+/// Why there is no connection, and what to do.
+fn why(peer: Peer, error: &rustls::Error) -> String {
     use rustls::{AlertDescription as Alert, CertificateError as Bad, Error};
-    let tls = error.get_ref().and_then(|inner| inner.downcast_ref::<Error>());
-    match tls {
-        Some(Error::InvalidCertificate(Bad::UnknownIssuer | Bad::BadSignature)) => {
-            "TLS: its certificate is not from the CA of daemon_tls".into()
+    let of = |daemon: &str, pool: &str| match peer {
+        Peer::Daemon => daemon.to_string(),
+        Peer::Pool => pool.to_string(),
+    };
+    match error {
+        Error::InvalidCertificate(Bad::UnknownIssuer | Bad::BadSignature) => of(
+            "its certificate is not from the CA of daemon_tls",
+            "its certificate is not from the CA in ca.pem",
+        ),
+        Error::InvalidCertificate(Bad::NotValidForName | Bad::NotValidForNameContext { .. }) => of(
+            "its certificate is for another host: make one for the host in its address, or say daemon_tls.name",
+            "its certificate is for another host: use one of its names, or make it one for this host (`dindpool certs DIR \
+             --host NAME`)",
+        ),
+        Error::InvalidCertificate(Bad::Expired | Bad::ExpiredContext { .. }) => {
+            "its certificate has expired: renew it (`dindpool certs` renews what it made)".into()
         }
-        Some(Error::InvalidCertificate(Bad::NotValidForName | Bad::NotValidForNameContext { .. })) => {
-            "TLS: its certificate is for another host: make one for the host in its address, or say daemon_tls.name"
-                .into()
+        Error::AlertReceived(Alert::CertificateRequired) => of(
+            "it wants a certificate: say daemon_tls.cert and daemon_tls.key",
+            "it wants a certificate: cert.pem and key.pem beside ca.pem",
+        ),
+        Error::AlertReceived(Alert::CertificateExpired) => of(
+            "it says that the certificate of daemon_tls has expired: renew it",
+            "it says that cert.pem has expired: renew it",
+        ),
+        Error::AlertReceived(Alert::BadCertificate | Alert::UnknownCA | Alert::CertificateUnknown) => of(
+            "it does not accept the certificate of daemon_tls: use one of the CA that it knows (its --tlscacert)",
+            "it does not accept cert.pem: use one of the CA that it knows",
+        ),
+        Error::InvalidMessage(_) => of(
+            "it does not speak TLS: its address is tcp://",
+            "it does not speak TLS: unset DOCKER_TLS_VERIFY, or use a context without ca, cert and key",
+        ),
+        other => other.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use time::OffsetDateTime;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpListener;
+
+    use super::*;
+    use crate::tls::Server;
+    use crate::tls::make::{Order, make};
+    use crate::tls::settings::RawTls;
+
+    /// Certificates for this host, made so many days ago for a month, by the CA of another directory if there is one.
+    fn certificates(host: &str, ago: i64, ca: Option<&Path>) -> tempfile::TempDir {
+        let directory = tempfile::tempdir().unwrap();
+        if let Some(ca) = ca {
+            std::fs::create_dir(directory.path().join("ca")).unwrap();
+            for file in ["ca/cert.pem", "ca/key.pem"] {
+                std::fs::copy(ca.join(file), directory.path().join(file)).unwrap();
+            }
         }
-        Some(Error::InvalidCertificate(Bad::Expired | Bad::ExpiredContext { .. })) => {
-            "TLS: its certificate has expired".into()
+        let order = Order {
+            directory: directory.path().into(),
+            hosts: vec![host.into()],
+            client: "client".into(),
+            days: 30,
+        };
+        make(&order, OffsetDateTime::now_utc() - time::Duration::days(ago)).unwrap();
+        directory
+    }
+
+    /// What a client reads that has the certificate of `shown` and the CA of `trusted`, and why the server let it not in.
+    async fn meet(
+        server: &Path,
+        trusted: &Path,
+        shown: Option<&Path>,
+        name: &str,
+    ) -> (Result<String, String>, Option<String>) {
+        let settings = RawTls::Directory(server.join("server")).validate().unwrap().unwrap();
+        let server = Server::new(&settings).unwrap();
+        let files = tempfile::tempdir().unwrap();
+        std::fs::copy(trusted.join("client/ca.pem"), files.path().join("ca.pem")).unwrap();
+        for file in ["cert.pem", "key.pem"] {
+            let Some(shown) = shown else { continue };
+            std::fs::copy(shown.join("client").join(file), files.path().join(file)).unwrap();
         }
-        Some(Error::AlertReceived(Alert::CertificateRequired)) => {
-            "TLS: it wants a certificate: say daemon_tls.cert and daemon_tls.key".into()
+        let client = Client::of_pool(files.path()).unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let serve = async {
+            let (stream, _) = listener.accept().await.unwrap();
+            let mut visitor = match server.accept(Wire::new(stream, Vec::new())).await {
+                Ok(visitor) => visitor,
+                Err(why) => return Some(why),
+            };
+            let word = visitor.facts.map_or_else(|why| why, |_| "welcome".into());
+            visitor.stream.write_all(word.as_bytes()).await.unwrap();
+            visitor.stream.shutdown().await.unwrap();
+            None
+        };
+        let ask = async {
+            let stream = TcpStream::connect(address).await.unwrap();
+            let mut stream =
+                client.connect(stream, client.expects(name)?).await.map_err(|e| e.to_string())?;
+            let mut text = String::new();
+            stream.read_to_string(&mut text).await.map_err(|e| e.to_string())?;
+            Ok(text)
+        };
+        tokio::join!(ask, serve)
+    }
+
+    #[tokio::test]
+    async fn what_is_wrong_with_a_certificate_is_said_with_what_to_do() {
+        let (good, other) = (certificates("h", 0, None), certificates("h", 0, None));
+        let old = certificates("h", 60, Some(good.path()));
+        let [good, other, old] = [&good, &other, &old].map(tempfile::TempDir::path);
+        assert_eq!(meet(good, good, Some(good), "h").await, (Ok("welcome".into()), None));
+        for (server, trusted, name, client_reads, server_says) in [
+            (good, other, "h", "not from the CA in ca.pem", "does not trust this listener's certificate"),
+            (good, good, "elsewhere", "--host NAME", "does not trust this listener's certificate"),
+            (old, good, "h", "has expired: renew it", "server/cert.pem has expired"),
+        ] {
+            let (read, said) = meet(server, trusted, Some(good), name).await;
+            let (read, said) = (read.unwrap_err(), said.unwrap());
+            assert!(read.starts_with("TLS: ") && read.contains(client_reads), "{read}");
+            assert!(said.contains(server_says), "{said}");
         }
-        Some(Error::AlertReceived(Alert::BadCertificate | Alert::UnknownCA)) => {
-            "TLS: it does not accept the certificate of daemon_tls".into()
+        for (shown, words) in [
+            (None, "this listener needs a client certificate"),
+            (Some(other), "not from a CA that is known here"),
+            (Some(old), "your client certificate expired on"),
+        ] {
+            let read = meet(good, good, shown, "h").await.0.unwrap();
+            assert!(read.contains(words), "{read}");
         }
-        Some(Error::InvalidMessage(_)) => "TLS: it does not speak TLS: its address is tcp://".into(),
-        Some(other) => format!("TLS: {other}"),
-        None => format!("TLS: {error}"),
+    }
+
+    #[tokio::test]
+    async fn what_speaks_no_tls_is_named_so() {
+        let directory = certificates("h", 0, None);
+        let client = Client::of_pool(&directory.path().join("client")).unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let serve = async {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").await.unwrap();
+            let _ = stream.read_to_end(&mut Vec::new()).await;
+        };
+        let ask = async {
+            let stream = TcpStream::connect(address).await.unwrap();
+            client.connect(stream, client.expects("h").unwrap()).await.unwrap_err().to_string()
+        };
+        assert!(tokio::join!(serve, ask).1.contains("it does not speak TLS"));
     }
 }

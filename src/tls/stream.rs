@@ -64,23 +64,26 @@ impl AsyncWrite for Wire {
     }
 }
 
+/// Says in words why a connection failed.
+pub(super) type Explain = fn(io::Error) -> io::Error;
+
 /// A TLS connection.
 #[derive(Debug)]
-pub struct TlsStream(tokio_rustls::TlsStream<Wire>);
+pub struct TlsStream(tokio_rustls::TlsStream<Wire>, Explain);
 
 impl From<tokio_rustls::server::TlsStream<Wire>> for TlsStream {
     fn from(stream: tokio_rustls::server::TlsStream<Wire>) -> Self {
-        TlsStream(stream.into())
-    }
-}
-
-impl From<tokio_rustls::client::TlsStream<Wire>> for TlsStream {
-    fn from(stream: tokio_rustls::client::TlsStream<Wire>) -> Self {
-        TlsStream(stream.into())
+        TlsStream(stream.into(), |error| error)
     }
 }
 
 impl TlsStream {
+    /// One of a client. In TLS 1.3 its handshake is over before the server has looked at its certificate: what that
+    /// thinks of it comes instead of the first answer.
+    pub(super) fn of_client(stream: tokio_rustls::client::TlsStream<Wire>, explain: Explain) -> Self {
+        TlsStream(stream.into(), explain)
+    }
+
     /// The socket, to look at and to set options of.
     pub fn socket(&self) -> &TcpStream {
         &self.0.get_ref().0.stream
@@ -98,7 +101,7 @@ impl AsyncRead for TlsStream {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_read(cx, buf)
+        Pin::new(&mut self.0).poll_read(cx, buf).map_err(self.1)
     }
 }
 

@@ -6,6 +6,7 @@
 mod common;
 mod refused;
 mod rotation;
+mod session;
 mod work;
 
 use std::path::{Path, PathBuf};
@@ -112,6 +113,7 @@ fn clients_with_and_without_tls_share_a_port() {
         work::add(&mut all, &lab, flavour);
     }
     work::add_others(&mut all, &lab);
+    session::add(&mut all, &lab);
     refused::add(&mut all, &lab);
     all.at_last("certificates replaced 20 times cut no stream and no build", || {
         rotation::row_41_certificates_replaced_under_load(&lab)

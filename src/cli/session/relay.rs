@@ -3,15 +3,18 @@
 //! as a Unix socket carries that: nobody sees a reset there, but a response's framing tells. What a client breaks off, or
 //! the end of the session cuts, is a reset for the pool: a FIN would end a container's input as if it were whole.
 
+use std::ffi::OsString;
 use std::fmt;
 use std::io::{self, BufRead};
 use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
+use rustls::pki_types::ServerName;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixListener, UnixStream};
 use tokio::task::JoinSet;
@@ -26,6 +29,7 @@ use crate::proxy::limits::{self, raise_descriptors};
 use crate::proxy::listener::Address;
 use crate::proxy::relay::{Side, TunnelKind, tunnel};
 use crate::proxy::session::{ACCEPTED, hello};
+use crate::tls::Client;
 
 /// How long the pool may take to accept a connection for the session.
 pub const PATIENCE: Duration = Duration::from_secs(10);
@@ -71,6 +75,63 @@ impl fmt::Display for Host {
     }
 }
 
+/// A pool, and how it is spoken to.
+#[derive(Debug)]
+pub struct Pool {
+    host: Host,
+    tls: Option<Tls>,
+}
+
+#[derive(Debug)]
+struct Tls {
+    directory: PathBuf,
+    client: Client,
+    name: ServerName<'static>,
+}
+
+impl Pool {
+    /// One at this address, with the certificates of this directory. A Unix socket needs none.
+    ///
+    /// # Errors
+    /// What is wrong with them.
+    pub fn new(host: Host, tls: Option<PathBuf>) -> Result<Pool, String> {
+        let tls = match (&host.address, tls) {
+            (Address::Tcp(address), Some(directory)) => {
+                let client = Client::of_pool(&directory)?;
+                let name = client.expects(address.rsplit_once(':').map_or(address, |(name, _)| name))?;
+                Some(Tls { directory, client, name })
+            }
+            _ => None,
+        };
+        Ok(Pool { host, tls })
+    }
+
+    /// Where it is.
+    pub fn host(&self) -> &Host {
+        &self.host
+    }
+
+    /// The directory of the certificates.
+    pub fn tls_dir(&self) -> Option<&Path> {
+        self.tls.as_ref().map(|tls| tls.directory.as_path())
+    }
+
+    async fn connect(&self) -> io::Result<Stream> {
+        let address = match &self.host.address {
+            Address::Unix(path) => return UnixStream::connect(path).await.map(Stream::Unix),
+            Address::Tcp(address) => address,
+        };
+        let stream = TcpStream::connect(address).await?;
+        stream.set_nodelay(true)?;
+        keepalive(&stream)?;
+        let Some(Tls { client, name, .. }) = &self.tls else { return Ok(Stream::Tcp(stream)) };
+        // A session may outlive its certificate, and new ones are put in the same place. Where they are no good, the old
+        // ones are, or what the pool says of them.
+        let _ = client.reload();
+        Ok(Stream::Tls(Box::new(client.connect(stream, name.clone()).await?)))
+    }
+}
+
 /// The session's name stands on its standard input, and not here, where `ps` shows it to everybody: who knows it is in.
 #[derive(Debug, Args)]
 pub struct Relay {
@@ -78,12 +139,21 @@ pub struct Relay {
     #[arg(value_parser = |text: &str| text.parse::<Host>())]
     host: Host,
     pid: i32,
+    /// The certificates of a pool with TLS.
+    tls: Option<PathBuf>,
 }
 
 impl Relay {
     /// The arguments that say this.
-    pub fn arguments(dir: &Path, host: &Host, pid: i32) -> [std::ffi::OsString; 5] {
-        ["session".into(), "relay".into(), dir.into(), host.to_string().into(), pid.to_string().into()]
+    pub fn arguments(dir: &Path, pool: &Pool, pid: i32) -> Vec<OsString> {
+        let own = [
+            "session".into(),
+            "relay".into(),
+            dir.into(),
+            pool.host.to_string().into(),
+            pid.to_string().into(),
+        ];
+        own.into_iter().chain(pool.tls_dir().map(OsString::from)).collect()
     }
 
     pub async fn run(self) -> anyhow::Result<()> {
@@ -100,9 +170,10 @@ impl Relay {
                     format!("cannot listen on {} (a shorter XDG_RUNTIME_DIR or TMPDIR?)", path.display())
                 })
             };
-            anyhow::Ok((bind("docker.sock")?, bind("end.sock")?, signals()?))
+            let pool = Pool::new(self.host.clone(), self.tls.clone()).map_err(anyhow::Error::msg)?;
+            anyhow::Ok((bind("docker.sock")?, bind("end.sock")?, signals()?, Arc::new(pool)))
         };
-        let (clients, control, shutdown) = match bound.await {
+        let (clients, control, shutdown, pool) = match bound.await {
             Ok(bound) => bound,
             Err(fault) => {
                 // Its standard error is nowhere.
@@ -123,8 +194,8 @@ impl Relay {
                 tokio::select! {
                     client = clients.accept() => match client {
                         Ok((client, _)) => {
-                            let (host, name) = (self.host.clone(), name.to_string());
-                            passing.spawn(async move { pass(client, &host, &name).await });
+                            let (pool, name) = (pool.clone(), name.to_string());
+                            passing.spawn(async move { pass(client, &pool, &name).await });
                         }
                         Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
                     },
@@ -146,18 +217,12 @@ impl Relay {
 }
 
 /// A connection to the pool that belongs to the session.
-pub async fn enter(host: &Host, name: &str) -> anyhow::Result<Stream> {
+pub async fn enter(pool: &Pool, name: &str) -> anyhow::Result<Stream> {
+    let host = &pool.host;
     let entered = async {
-        let connected = match &host.address {
-            Address::Tcp(address) => TcpStream::connect(address).await.and_then(|stream| {
-                stream.set_nodelay(true)?;
-                keepalive(&stream)?;
-                Ok(Stream::Tcp(stream))
-            }),
-            Address::Unix(path) => UnixStream::connect(path).await.map(Stream::Unix),
-        };
-        let mut stream = connected.with_context(|| format!("no connection to {host}"))?;
+        let mut stream = pool.connect().await.with_context(|| format!("no connection to {host}"))?;
         stream.write_all(hello(&host.prefix, name).as_bytes()).await?;
+        stream.flush().await?;
         let mut answer = vec![0; ACCEPTED.len()];
         stream
             .read_exact(&mut answer)
@@ -182,12 +247,12 @@ pub async fn enter(host: &Host, name: &str) -> anyhow::Result<Stream> {
 }
 
 /// One client's connection, to the end of both directions.
-async fn pass(client: UnixStream, host: &Host, name: &str) {
+async fn pass(client: UnixStream, pool: &Pool, name: &str) {
     let mut client = Side::new(Stream::Unix(client));
-    let mut entering = pin!(enter(host, name));
+    let mut entering = pin!(enter(pool, name));
     let entered = match timeout(PING_PATIENCE, entering.as_mut()).await {
         Ok(entered) => entered,
-        Err(_) if pings(&mut client).await => Err(anyhow::anyhow!("{host} does not answer")),
+        Err(_) if pings(&mut client).await => Err(anyhow::anyhow!("{} does not answer", pool.host)),
         Err(_) => entering.await,
     };
     match entered {
@@ -248,15 +313,19 @@ mod tests {
     use tokio::net::{TcpListener, TcpStream};
     use tokio::task::JoinHandle;
 
-    use super::{ACCEPTED, Duration, Host, UnixStream, goes_on, io, pass, start_time};
+    use super::{ACCEPTED, Duration, Host, Pool, UnixStream, goes_on, io, pass, start_time};
     use crate::proxy::relay::testing::{Ending, read_to_end, read_until, reset, say, soon};
+
+    fn plain(host: Host) -> Pool {
+        Pool::new(host, None).unwrap()
+    }
 
     /// A pool that has let the session in, as far as its connection.
     async fn passed() -> (UnixStream, TcpStream, JoinHandle<()>) {
         let pool = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let host: Host = format!("tcp://{}/t/team-a", pool.local_addr().unwrap()).parse().unwrap();
         let (client, near) = UnixStream::pair().unwrap();
-        let task = tokio::spawn(async move { pass(near, &host, "n").await });
+        let task = tokio::spawn(async move { pass(near, &plain(host), "n").await });
         let (mut pool, _) = soon(pool.accept()).await.unwrap();
         let hello = read_until(&mut pool, "\r\n\r\n").await;
         assert!(hello.starts_with("POST /t/team-a/dindpool/session HTTP/1.1\r\n"), "{hello}");
@@ -299,7 +368,7 @@ mod tests {
     async fn refused(sent: &str) -> String {
         let (mut client, near) = UnixStream::pair().unwrap();
         let nobody: Host = "tcp://127.0.0.1:9".parse().unwrap();
-        let task = tokio::spawn(async move { pass(near, &nobody, "n").await });
+        let task = tokio::spawn(async move { pass(near, &plain(nobody), "n").await });
         say(&mut client, sent).await;
         let said = String::from_utf8(read_to_end(&mut client).await.0).unwrap();
         soon(task).await.unwrap();
@@ -331,7 +400,7 @@ mod tests {
         let host: Host = format!("tcp://{}", pool.local_addr().unwrap()).parse().unwrap();
         let (mut client, near) = UnixStream::pair().unwrap();
         let began = tokio::time::Instant::now();
-        tokio::spawn(async move { pass(near, &host, "n").await });
+        tokio::spawn(async move { pass(near, &plain(host), "n").await });
         client.write_all(b"HEAD /_ping HTTP/1.1\r\nHost: d\r\n\r\n").await.unwrap();
         let mut said = Vec::new();
         client.read_to_end(&mut said).await.unwrap();
