@@ -52,6 +52,12 @@ pub enum CallError {
     },
 }
 
+/// hyper says what it did, and its causes say why that failed.
+fn broken(error: hyper::Error) -> CallError {
+    let causes = std::iter::successors(std::error::Error::source(&error), |cause| cause.source());
+    CallError::Broken(causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}")))
+}
+
 /// One call on a connection of its own. The response's body is still to be read; the connection lives as long
 /// as that.
 ///
@@ -84,7 +90,6 @@ pub async fn send(
         }
         _ => CallError::Unconnected(e),
     })?;
-    let broken = |e: hyper::Error| CallError::Broken(e.to_string());
     let (mut sender, connection) =
         hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(broken)?;
     // Ends with the response's body, or when that is dropped.

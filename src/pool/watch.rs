@@ -59,9 +59,11 @@ pub(super) async fn watch(pool: Arc<Pool>, handle: Arc<Handle>) {
 
 async fn meet(pool: &Arc<Pool>, handle: &Handle) {
     let mut identity: Option<String> = None;
+    let mut told = None;
     loop {
         match contact(pool, handle, &mut identity).await {
             Ok((facts, events)) => {
+                told = None;
                 let met = Instant::now();
                 probed(pool, handle, Probe::Answered(facts));
                 pool.meet(handle);
@@ -73,6 +75,13 @@ async fn meet(pool: &Arc<Pool>, handle: &Handle) {
             }
             Err(error) => {
                 unanswered(handle, &error);
+                // A daemon that starts is refused again and again, and then answers. A certificate that does not fit
+                // goes on not to.
+                let misfit = error.to_string();
+                if misfit.contains("TLS: ") && told.as_ref() != Some(&misfit) {
+                    tracing::warn!(daemon = %handle.id, "not used: {misfit}");
+                    told = Some(misfit);
+                }
                 probed(pool, handle, failed(&error));
                 if matches!(error, CallError::Refused(_)) {
                     pool.meet(handle);

@@ -133,6 +133,8 @@ struct Setup {
     locks: bool,
     env: Vec<(String, String)>,
     cgroup: Option<PathBuf>,
+    /// Where it listens with TLS as well, and the directory of its ca.pem, cert.pem and key.pem.
+    tls: Option<(String, PathBuf)>,
 }
 
 /// A running dockerd.
@@ -165,6 +167,12 @@ impl Dockerd {
     /// One whose memory is limited.
     pub fn within(version: &str, data: &Path, limit: &MemoryLimit) -> Dockerd {
         Self::of(Setup { cgroup: Some(limit.dir.clone()), ..Setup::new(version, data) })
+    }
+
+    /// One that also listens at this host and port with `--tlsverify`, with the ca.pem, cert.pem and key.pem of this
+    /// directory.
+    pub fn with_tls(version: &str, data: &Path, at: &str, certs: &Path) -> Dockerd {
+        Self::of(Setup { tls: Some((at.into(), certs.into())), ..Setup::new(version, data) })
     }
 
     fn of(setup: Setup) -> Dockerd {
@@ -226,7 +234,7 @@ impl Drop for Dockerd {
 impl Setup {
     fn new(version: &str, data: &Path) -> Setup {
         let binary = parts::dockerd(version).unwrap();
-        Setup { binary, data: data.into(), locks: true, env: Vec::new(), cgroup: None }
+        Setup { binary, data: data.into(), locks: true, env: Vec::new(), cgroup: None, tls: None }
     }
 
     fn launch(&self, dir: &Path) -> Child {
@@ -247,6 +255,14 @@ impl Setup {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(File::create(dir.join("log")).unwrap());
+        if let Some((at, certs)) = &self.tls {
+            command.args(["--host", &format!("tcp://{at}"), "--tlsverify"]);
+            for (flag, file) in
+                [("--tlscacert", "ca.pem"), ("--tlscert", "cert.pem"), ("--tlskey", "key.pem")]
+            {
+                command.arg(flag).arg(certs.join(file));
+            }
+        }
         let locks = self.locks;
         let members = self
             .cgroup

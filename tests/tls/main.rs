@@ -4,6 +4,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod daemons;
 mod refused;
 mod rotation;
 mod session;
