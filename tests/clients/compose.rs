@@ -27,6 +27,13 @@ pub fn add<'a>(all: &mut Scenarios<'a>, lab: &'a Lab) {
     all.add("compose: up in the foreground ends with its job's exit code", || foreground(lab));
 }
 
+/// Adds what is shown over TLS as well.
+pub fn add_over_tls<'a>(all: &mut Scenarios<'a>, lab: &'a Lab) {
+    all.add("over TLS: compose: build, up -d, run, exec, logs, ps and down share one daemon", || {
+        whole_life(lab)
+    });
+}
+
 fn project(lab: &Lab) -> (client::Session, String) {
     let t = lab.terminal(client::BUILDX_29);
     t.context("ctx", super::build::APP);

@@ -18,7 +18,8 @@ mod sessions;
 #[path = "../common/mod.rs"]
 mod common;
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use common::client::{self, Flavour, Session};
 use common::pool::Pool;
@@ -31,9 +32,11 @@ type Rule = (&'static str, fn(&Lab, Flavour));
 
 /// A pool with its registry.
 struct Lab {
-    pool: Pool,
-    registry: Registry,
-    _alone: MutexGuard<'static, ()>,
+    pool: Arc<Pool>,
+    registry: Arc<Registry>,
+    /// The `DOCKER_CERT_PATH` of its terminals, if they speak TLS.
+    tls: Option<PathBuf>,
+    _alone: Option<MutexGuard<'static, ()>>,
 }
 
 impl Lab {
@@ -54,10 +57,23 @@ impl Lab {
         ])?;
         let dockerds = versions.iter().map(|v| parts::dockerd(v)).collect::<Result<Vec<_>, _>>()?;
         let alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-        let registry = Registry::start();
-        let pool = Pool::up(&dockerds, 3).arg(registry.dockerd_arg()).short_grace().start();
+        let registry = Arc::new(Registry::start());
+        let pool = Pool::up(&dockerds, 3).arg(registry.dockerd_arg()).arg("--tls").short_grace().start();
         pool.wait_healthy(3, common::secs(60));
-        Ok(Lab { pool, registry, _alone: alone })
+        Ok(Lab { pool: Arc::new(pool), registry, tls: None, _alone: Some(alone) })
+    }
+
+    /// The same pool on the same port, spoken to by TLS.
+    fn over_tls(&self) -> Lab {
+        let (pool, registry) = (self.pool.clone(), self.registry.clone());
+        let tls = Some(pool.data().join("certs/client"));
+        Lab { pool, registry, tls, _alone: None }
+    }
+
+    /// What makes a client speak TLS, if it is to.
+    fn tls_env(&self) -> Vec<(&'static str, String)> {
+        let files = self.tls.iter().map(|files| ("DOCKER_CERT_PATH", files.display().to_string()));
+        files.chain(self.tls.iter().map(|_| ("DOCKER_TLS_VERIFY", "1".into()))).collect()
     }
 
     /// Removes what earlier scenarios left, and waits until every lease has gone: a pool as if it were new.
@@ -68,7 +84,9 @@ impl Lab {
 
     /// A terminal with this client.
     fn terminal(&self, flavour: Flavour) -> Session {
-        Session::new(&self.pool.host(), flavour)
+        let terminal = Session::with(&self.pool.host(), flavour);
+        let env = self.tls_env();
+        env.iter().fold(terminal, |terminal, (name, value)| terminal.env(name, value)).open()
     }
 
     /// A terminal in which an image named `mark` is built: `docker run IMAGE` prints its mark.
@@ -89,6 +107,46 @@ fn build_scenarios<'a>(all: &mut Scenarios<'a>, lab: &'a Lab, flavour: Flavour) 
             all.add(format!("{name}: {rule}"), move || scenario.run(lab, flavour));
         }
     }
+}
+
+/// The rules of building that every client shows over TLS as well: each kind of upload, download and upgrade once.
+const OVER_TLS: &[&str] = &[
+    "a build from a directory runs where it was built",
+    "a build from a tar on stdin runs",
+    "a build, then a push, then a pull give the same image",
+    "a build exports files to the client",
+    "a failing RUN makes the client fail with its exit code in the message",
+];
+/// The same of commands.
+const COMMANDS_OVER_TLS: &[&str] = &[
+    "run keeps stdout, stderr and exit code apart",
+    "run -i takes a pipe to its end",
+    "exec gives output, exit code and stdin",
+    "attach speaks with a running container",
+    "logs -f shows every line and ends with the container",
+    "cp carries files, folders and tars both ways",
+];
+
+/// The main scenarios of each client through the same port with TLS.
+fn tls_scenarios<'a>(all: &mut Scenarios<'a>, lab: &'a Lab, flavours: &[Flavour]) {
+    for flavour in flavours.iter().copied() {
+        let name = flavour.name;
+        for (rule, scenario) in build::RULES {
+            if scenario.fits(flavour) && OVER_TLS.contains(rule) {
+                all.add(format!("over TLS: {name}: {rule}"), move || scenario.run(lab, flavour));
+            }
+        }
+    }
+    for flavour in [client::BUILDX_29, client::CLI_20] {
+        let name = flavour.name;
+        for (rule, scenario) in run::RULES.iter().chain(objects::RULES) {
+            if COMMANDS_OVER_TLS.contains(rule) {
+                all.add(format!("over TLS: {name}: {rule}"), move || scenario(lab, flavour));
+            }
+        }
+    }
+    compose::add_over_tls(all, lab);
+    sdk::add_over_tls(all, lab);
 }
 
 fn command_scenarios<'a>(all: &mut Scenarios<'a>, lab: &'a Lab, flavour: Flavour) {
@@ -116,6 +174,7 @@ fn oldest_and_newest(title: &str, lab: &Lab) {
 #[test]
 fn every_client_works_on_three_daemons_of_28_5() {
     let lab = require!(Lab::start(&["28.5"]));
+    let tls = lab.over_tls();
     let mut all = Scenarios::new("28.5").second_tries(2);
     isolation::add(&mut all, &lab);
     sessions::add(&mut all, &lab);
@@ -123,23 +182,33 @@ fn every_client_works_on_three_daemons_of_28_5() {
     all.add("logs -f to a reader that stops for two minutes goes on afterwards", || {
         run::stopped_reader(&lab)
     });
-    for flavour in [
+    let flavours = [
         client::BUILDX_38,
         client::BUILDX_29,
         client::BUILDX_13,
         client::CLI_28,
         client::CLI_20,
         client::CLI_20_BUILDKIT,
-    ] {
+    ];
+    for flavour in flavours {
         build_scenarios(&mut all, &lab, flavour);
     }
+    tls_scenarios(&mut all, &tls, &flavours);
     for flavour in [client::BUILDX_29, client::CLI_20] {
         command_scenarios(&mut all, &lab, flavour);
     }
     compose::add(&mut all, &lab);
     sdk::add(&mut all, &lab);
     load::add(&mut all, &lab);
+    let before = handshakes(&lab);
     all.run(5);
+    if std::env::var_os("DINDPOOL_SCENARIO").is_none() {
+        assert!(handshakes(&lab) > before + 100.0, "what is over TLS was over TLS");
+    }
+}
+
+fn handshakes(lab: &Lab) -> f64 {
+    lab.pool.metric("dindpool_tls_handshakes_total{result=\"done\"}")
 }
 
 #[test]

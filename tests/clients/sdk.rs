@@ -26,6 +26,12 @@ pub fn add<'a>(all: &mut Scenarios<'a>, lab: &'a Lab) {
     all.add("bollard: builds, runs, execs and streams", || bollard(lab));
 }
 
+/// Adds what is shown over TLS as well: both read the variables of the CLI, docker-py makes a `TLSConfig` of them.
+pub fn add_over_tls<'a>(all: &mut Scenarios<'a>, lab: &'a Lab) {
+    all.add("over TLS: docker-py: builds, runs, execs, streams and copies", || docker_py(lab));
+    all.add("over TLS: dockerode: builds, runs, execs, streams and copies", || dockerode(lab));
+}
+
 /// Runs a script of ours with a library's interpreter; its last line must be `all well`.
 fn script(lab: &Lab, command: &mut Command, file: &str, source: &str) {
     let dir = super::common::short_dir();
@@ -34,6 +40,10 @@ fn script(lab: &Lab, command: &mut Command, file: &str, source: &str) {
     let out = command
         .arg(&path)
         .env("DOCKER_HOST", lab.pool.host())
+        .envs(lab.tls_env())
+        // requests takes these ones' word over that of its caller.
+        .env_remove("REQUESTS_CA_BUNDLE")
+        .env_remove("CURL_CA_BUNDLE")
         .env("ROOTFS", parts::busybox("rootfs.tar"))
         .env("REGISTRY", &lab.registry.name)
         .env("MARK", unique())
