@@ -46,7 +46,7 @@ struct Open {
     /// For a pool with TLS: a directory with its ca.pem, and the cert.pem and key.pem that it wants [default:
     /// DOCKER_CERT_PATH with DOCKER_TLS_VERIFY, else those of the context]
     #[arg(long, env = "DINDPOOL_POOL_TLS_DIR", value_name = "DIR")]
-    tls_dir: Option<PathBuf>,
+    pool_tls_dir: Option<PathBuf>,
     /// The session's name, to be in it from several machines [default: one that nobody can guess]
     #[arg(long, value_name = "NAME", allow_hyphen_values = true)]
     key: Option<String>,
@@ -77,7 +77,7 @@ impl Session {
 impl Open {
     async fn run(self) -> anyhow::Result<()> {
         let Found { host, tls } =
-            context::find(self.pool, self.tls_dir, &variable).map_err(anyhow::Error::msg)?;
+            context::find(self.pool, self.pool_tls_dir, &variable).map_err(anyhow::Error::msg)?;
         let host: Host = host.parse().map_err(anyhow::Error::msg)?;
         let tls = tls.map(std::path::absolute).transpose()?;
         let pool = Pool::new(host, tls).map_err(anyhow::Error::msg)?;

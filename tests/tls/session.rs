@@ -110,11 +110,11 @@ fn refused(lab: &Lab) {
         (mixed(&ours, Some(&others), "pair"), "your client certificate is not from a CA that is known here"),
         (t.path("nothing").display().to_string(), "cannot read"),
     ] {
-        let flag = if tls.is_empty() { tls } else { format!("--tls-dir {tls}") };
+        let flag = if tls.is_empty() { tls } else { format!("--pool-tls-dir {tls}") };
         let out = t.fails(&format!("{DINDPOOL} session {flag}"));
         assert!(out.stderr.contains(words) && out.stdout.is_empty(), "{words}: {}", out.all());
     }
     let plain = Pool::serve(lab.pool.daemons().iter().map(|d| &d.addr)).start();
-    let out = t.fails(&format!("{DINDPOOL} session --pool {} --tls-dir {own}", plain.host()));
+    let out = t.fails(&format!("{DINDPOOL} session --pool {} --pool-tls-dir {own}", plain.host()));
     assert!(out.stderr.contains("it does not speak TLS: unset DOCKER_TLS_VERIFY"), "{}", out.all());
 }
