@@ -95,8 +95,10 @@ impl Browser {
         self.command("POST", "/execute/sync", Some(&json!({ "script": script, "args": [] })))
     }
 
-    /// Presses the first element of this CSS selector as a mouse does.
+    /// Presses the first element of this CSS selector as a mouse does, as soon as it is there.
     pub fn click(&self, selector: &str) {
+        let there = format!("return document.querySelector({}) !== null", Value::from(selector));
+        let _ = poll(Duration::from_secs(10), || (self.run(&there) == true).then_some(()));
         let id = self.find(selector);
         self.command("POST", &format!("/element/{id}/click"), Some(&json!({})));
     }
