@@ -177,6 +177,15 @@ fn bad_day(pool: &Pool, prometheus: &Prometheus) {
     });
     let seen = "max(max_over_time(dindpool_scale_reason{reason=\"maximum\"}[2m])) == 1";
     wait_until("Prometheus has seen why it does not grow", secs(40), || prometheus.value(seen).is_some());
+    // Both are frozen for as long as Prometheus needs to see that none is well. One that is killed, or that starts, is there
+    // within a second.
+    let both: Vec<Pid> = pool.daemons().iter().map(|daemon| Pid::from_raw(daemon.pid())).collect();
+    both.iter().for_each(|pid| kill(*pid, Signal::SIGSTOP).unwrap());
+    let alert = rules().into_iter().find(|rule| rule["alert"] == "DindpoolNoDaemon").unwrap();
+    let no_daemon = alert["expr"].as_str().unwrap();
+    wait_until("Prometheus has seen no daemon", secs(60), || prometheus.value(no_daemon).is_some());
+    both.iter().for_each(|pid| kill(*pid, Signal::SIGCONT).unwrap());
+    wait_until("they answer again", secs(60), || pool.healthy() == 2);
     if let Some(left) = jobs.iter().rev().find(|job| job.code().is_none() && !job.stderr().contains("RUN")) {
         left.signal(Signal::SIGINT);
     }
